@@ -1,0 +1,9 @@
+// Package swarm holds image bytes: on disk in a Store, and on the wire as
+// BitTorrent between devices.
+//
+// The pieces are the engine's (anacrolix/torrent, BEP 52); who takes from whom
+// is decided here (graph.go). Piece hashes come from a verify.Release, never from
+// a neighbour, and the whole image's SHA-256 is checked before it counts as held.
+// swarm does not know who may be a neighbour: it dials and accepts through a
+// Network that has already admitted them.
+package swarm
