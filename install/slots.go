@@ -51,9 +51,9 @@ type State struct {
 	Phase   Phase                `json:"phase"`
 	Booted  SlotName             `json:"booted"`
 	Default SlotName             `json:"default"`
-	Trial   SlotName             `json:"trial,omitempty"`    // set when armed or on trial
-	Left    int                  `json:"left,omitempty"`     // starts left before the old slot is taken again
-	Failed  SlotName             `json:"failed,omitempty"`   // slot of a trial that fell back since the last Forget
+	Trial   SlotName             `json:"trial,omitempty"`  // set when armed or on trial
+	Left    int                  `json:"left,omitempty"`   // starts left before the old slot is taken again
+	Failed  SlotName             `json:"failed,omitempty"` // slot of a trial that fell back since the last Forget
 	Slots   map[SlotName]Content `json:"slots"`
 }
 

@@ -1,22 +1,5 @@
 package verify
 
-// UnverifiedHead is the part of a bundle before its images, as it came: trust
-// chain, certificates, manifest, signatures, piece tables. It is the unit in
-// which releases travel: the start of a .update file, what neighbours hand each
-// other, and what the store keeps. Its bytes are one POSIX tar, see bundle.go.
-type UnverifiedHead struct {
-	trust     []unverifiedTrust
-	certs     [][]byte
-	manifest  []byte
-	signature []byte
-	tables    map[Digest][]byte
-}
-
-type unverifiedTrust struct{ document, signature []byte }
-
-// MaxHead is the largest head that is read from anywhere, in bytes.
-const MaxHead = 16 << 20
-
 // Release is a manifest whose signatures held, with the verified piece table of
 // each image. Only Door.Check makes one. It is immutable and safe for concurrent use.
 type Release struct {

@@ -170,3 +170,28 @@ func Sweep(dir string) error {
 	}
 	return nil
 }
+
+// Append writes data at offset, the end of the file as the caller knows it, and
+// syncs. Whatever a cut left behind that end is cut off first, so a torn append
+// never becomes the middle of the file. The file is made if it does not exist.
+func Append(path string, offset int64, data []byte, perm fs.FileMode) error {
+	_, statErr := os.Lstat(path)
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE, perm)
+	if err != nil {
+		return fmt.Errorf("open %s: %w", path, err)
+	}
+	defer f.Close()
+	if err := f.Truncate(offset); err != nil {
+		return fmt.Errorf("cut %s at its known end: %w", path, err)
+	}
+	if _, err := f.WriteAt(data, offset); err != nil {
+		return fmt.Errorf("append to %s: %w", path, err)
+	}
+	if err := f.Sync(); err != nil {
+		return fmt.Errorf("sync %s: %w", path, err)
+	}
+	if errors.Is(statErr, fs.ErrNotExist) {
+		return SyncDir(filepath.Dir(path))
+	}
+	return nil
+}

@@ -1,0 +1,54 @@
+# meshupd. `make demo` and `make test` are the two commands of the README; they
+# need Go, git and make, and nothing else.
+
+export CGO_ENABLED ?= 0
+GO       ?= go
+TOOL      = $(GO) tool -modfile=packaging/tools/go.mod
+LDFLAGS   = -s -w
+ARCHES    = amd64 arm64 arm.7 arm.6 riscv64
+FUZZTIME ?= 10s
+
+.PHONY: build demo test check race vet staticcheck vulns cross fuzz bench licences clean
+
+build: ## the binary for this machine
+	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/meshupd ./cmd/meshupd
+
+demo: build ## a site of 12 devices on this machine
+	bin/meshupd demo
+
+test: vet ## every test; with the race detector where there is a C compiler
+	$(GO) build ./...
+	if command -v $${CC:-cc} >/dev/null; then CGO_ENABLED=1 $(GO) test -race ./...; \
+	else echo "no C compiler: tests run without the race detector"; $(GO) test ./...; fi
+
+check: vet staticcheck ## the fast subset, before each commit
+	test -z "$$(gofmt -l cmd peer discovery swarm verify install simnet packaging | tee /dev/stderr)"
+	$(GO) test -short ./...
+
+vet:
+	$(GO) vet ./...
+
+staticcheck:
+	$(TOOL) staticcheck ./...
+
+vulns: ## known vulnerabilities in what is linked in; says so when the database cannot be reached
+	packaging/vulns.sh $(TOOL)
+
+cross: ## every architecture we ship
+	for a in $(ARCHES); do \
+	  echo "linux/$$a"; \
+	  GOOS=linux GOARCH=$${a%.*} GOARM=$${a#*.} CGO_ENABLED=0 \
+	    $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/meshupd-linux-$$a ./cmd/meshupd || exit 1; \
+	done; ls -l bin/
+
+fuzz: ## every fuzz target for FUZZTIME
+	packaging/fuzz.sh $(FUZZTIME)
+
+bench: build ## the figures of the README, as ratios in one run; needs network namespaces
+	$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 60m ./simnet/fleet
+
+licences: ## licences of everything that is linked in
+	$(TOOL) go-licenses report ./cmd/meshupd --ignore meshupd --ignore github.com/anacrolix/go-utp 2>/dev/null
+
+clean:
+	rm -rf bin dist

@@ -1,0 +1,264 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"path"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sync/errgroup"
+
+	"meshupd/cmd/meshupd/internal/control"
+	"meshupd/discovery"
+	"meshupd/install"
+	"meshupd/peer"
+	"meshupd/verify"
+	"meshupd/verify/durable"
+)
+
+// memoryLimit is where the collector begins to work harder: a daemon that is
+// idle most of its life must not keep what one transfer made it grow to.
+const memoryLimit = 48 << 20
+
+// runDaemon wires the rooms together and runs until ctx ends.
+func runDaemon(ctx context.Context, cfg Config, log *slog.Logger) error {
+	debug.SetGCPercent(50)
+	debug.SetMemoryLimit(memoryLimit)
+	slots, err := openSlots(cfg)
+	if err != nil {
+		return err
+	}
+	pcfg, err := nodeConfig(cfg, slots, log)
+	if err != nil {
+		return err
+	}
+	node, err := peer.New(pcfg)
+	if err != nil {
+		return err
+	}
+	if err := durable.MkdirAll(cfg.Run, 0o755); err != nil {
+		return fmt.Errorf("make the run folder: %w", err)
+	}
+	ln, err := control.Listen(cfg.Socket())
+	if err != nil {
+		return err
+	}
+	server := control.NewServer(control.ServerConfig{Backend: backend{node}, Version: buildVersion(), Log: log})
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return node.Run(ctx) })
+	g.Go(func() error { return server.Serve(ctx, ln) })
+	g.Go(func() error { return writeState(ctx, node, filepath.Join(cfg.Run, "state")) })
+	g.Go(func() error { return notifySystemd(ctx) })
+	log.Info("started", "name", cfg.Name, "product", cfg.Product, "id", node.ID(), "socket", cfg.Socket(), "listen", fmt.Sprint(node.Addrs()))
+	err = g.Wait()
+	if errors.Is(err, context.Canceled) {
+		err = nil
+	}
+	log.Info("stopped", "err", err)
+	return err
+}
+
+func openSlots(cfg Config) (*install.Files, error) {
+	return install.OpenFiles(install.FilesConfig{
+		Dir: cfg.Slots.Folder, Layout: install.Layout(cfg.Slots.Layout), FactoryVersion: cfg.Slots.Factory,
+		Restart: cfg.Slots.Restart, RestartTimeout: time.Duration(cfg.Slots.RestartTimeout),
+		Machine: cfg.Slots.Machine, Starts: cfg.Slots.Starts,
+	})
+}
+
+var policies = map[string]peer.Policy{
+	"off": peer.PolicyOff, "check": peer.PolicyOff, "fetch": peer.PolicyFetch, "install": peer.PolicyInstall,
+}
+
+func nodeConfig(cfg Config, slots *install.Files, log *slog.Logger) (peer.Config, error) {
+	key, err := siteKey(cfg.Mesh.SiteKeyFile)
+	if err != nil {
+		return peer.Config{}, err
+	}
+	listen, err := listenAddrs(cfg.Mesh)
+	if err != nil {
+		return peer.Config{}, err
+	}
+	health := install.Health{Command: cfg.Health.Command, Deadline: time.Duration(cfg.Health.Deadline),
+		Interval: time.Duration(cfg.Health.Interval), Timeout: time.Duration(cfg.Health.Timeout)}
+	return peer.Config{
+		Name: cfg.Name, Product: cfg.Product, Hardware: cfg.Hardware, Channel: cfg.Channel,
+		StateDir: cfg.State, Anchor: cfg.Trust, Reserve: int64(cfg.Store.Reserve),
+		Slots: slots, Starter: slots.Start,
+		Health: func(ctx context.Context, slot install.SlotName, version string) error {
+			return health.For(slot, version).Check(ctx)
+		},
+		Policy: policies[cfg.Policy.Auto], SiteKey: key, Listen: listen,
+		Finders:  func(ad discovery.Advert) []peer.Finder { return finders(cfg.Mesh, ad, log) },
+		MaxPeers: cfg.Mesh.MaxPeers, UpLimit: int64(cfg.Limits.Upload), DownLimit: int64(cfg.Limits.Download),
+		Log: log,
+	}, nil
+}
+
+// maxSiteKey is far above any sensible secret, and keeps a wrong path from being read whole.
+const maxSiteKey = 4 << 10
+
+func siteKey(file string) ([]byte, error) {
+	if file == "" {
+		return nil, nil
+	}
+	raw, err := readFileMax(file, maxSiteKey)
+	if err != nil {
+		return nil, verify.Refuse(verify.CodeConfig, "read the site key: %w", err)
+	}
+	key := []byte(strings.TrimSpace(string(raw)))
+	if len(key) < 16 {
+		return nil, verify.Refuse(verify.CodeConfig, "the site key in %s has %d bytes, fewer than 16", file, len(key))
+	}
+	return key, nil
+}
+
+// interfacesOf lists the interfaces that the config chooses, now.
+func interfacesOf(patterns []string) []net.Interface {
+	all, err := net.Interfaces()
+	if err != nil {
+		return nil
+	}
+	return slices.DeleteFunc(all, func(i net.Interface) bool { return !chosen(i, patterns) })
+}
+
+func chosen(i net.Interface, patterns []string) bool {
+	if i.Flags&net.FlagUp == 0 {
+		return false
+	}
+	if len(patterns) == 0 {
+		return i.Flags&net.FlagLoopback == 0 && i.Flags&net.FlagMulticast != 0
+	}
+	return slices.ContainsFunc(patterns, func(p string) bool {
+		ok, err := path.Match(p, i.Name)
+		return err == nil && ok
+	})
+}
+
+// privateAddrs are the addresses of these interfaces that may carry the mesh.
+func privateAddrs(ifaces []net.Interface) []netip.Addr {
+	var out []netip.Addr
+	for _, i := range ifaces {
+		addrs, err := i.Addrs()
+		if err != nil {
+			continue
+		}
+		for _, a := range addrs {
+			p, err := netip.ParsePrefix(a.String())
+			if err != nil {
+				continue
+			}
+			ip := p.Addr().Unmap()
+			if ip.IsLinkLocalUnicast() && ip.Is6() {
+				ip = ip.WithZone(i.Name)
+			}
+			if ip.IsPrivate() || ip.IsLinkLocalUnicast() || ip.IsLoopback() {
+				out = append(out, ip)
+			}
+		}
+	}
+	return out
+}
+
+// listenAddrs are the addresses to bind: those of the config, or the private ones
+// of its interfaces, so that nothing is offered on an address that faces the internet.
+func listenAddrs(cfg MeshConfig) ([]netip.AddrPort, error) {
+	var out []netip.AddrPort
+	for _, text := range cfg.Listen {
+		addr, err := netip.ParseAddr(text)
+		if err != nil {
+			return nil, verify.Refuse(verify.CodeConfig, "mesh.listen: %w", err)
+		}
+		out = append(out, netip.AddrPortFrom(addr, uint16(cfg.Port)))
+	}
+	if len(out) > 0 {
+		return out, nil
+	}
+	for _, addr := range privateAddrs(interfacesOf(cfg.Interfaces)) {
+		out = append(out, netip.AddrPortFrom(addr, uint16(cfg.Port)))
+	}
+	if len(out) == 0 {
+		return nil, verify.Refuse(verify.CodeConfig, "no chosen interface has a private address to listen on")
+	}
+	return out, nil
+}
+
+func finders(cfg MeshConfig, ad discovery.Advert, log *slog.Logger) []peer.Finder {
+	var out []peer.Finder
+	if cfg.MDNS {
+		out = append(out, &discovery.MDNS{
+			Interfaces: func() []string {
+				var names []string
+				for _, i := range interfacesOf(cfg.Interfaces) {
+					names = append(names, i.Name)
+				}
+				return names
+			},
+			Advert: ad, Log: log,
+		})
+	}
+	if len(cfg.Seeds) > 0 {
+		out = append(out, &discovery.Static{Seeds: cfg.Seeds, Log: log})
+	}
+	return out
+}
+
+// writeState keeps one word for scripts in path. It is no record: after a cut the next start writes it anew.
+func writeState(ctx context.Context, node *peer.Node, path string) error {
+	last := ""
+	for {
+		changed := node.Changed()
+		if now := node.Site().Devices[0].Status.State; now != last {
+			if err := durable.WriteFile(path, []byte(now+"\n"), 0o644); err != nil {
+				return fmt.Errorf("write the state for scripts: %w", err)
+			}
+			last = now
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-changed:
+		}
+		timer := time.NewTimer(500 * time.Millisecond)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return ctx.Err()
+		case <-timer.C:
+		}
+	}
+}
+
+// notifySystemd says that the daemon is ready, and keeps its watchdog quiet. Without systemd it does nothing.
+func notifySystemd(ctx context.Context) error {
+	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
+		return fmt.Errorf("tell systemd: %w", err)
+	}
+	every, err := daemon.SdWatchdogEnabled(false)
+	if err != nil || every == 0 {
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	tick := time.NewTicker(every / 2)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
+			return ctx.Err()
+		case <-tick.C:
+			if _, err := daemon.SdNotify(false, daemon.SdNotifyWatchdog); err != nil {
+				return fmt.Errorf("tell systemd: %w", err)
+			}
+		}
+	}
+}

@@ -1,0 +1,453 @@
+package peer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"meshupd/install"
+	"meshupd/verify"
+)
+
+// SilentAfter is how long a device may go unheard before others call it silent.
+const SilentAfter = 60 * time.Second
+
+// roundsApart bounds how often a busy site makes the loop look again.
+const roundsApart = 50 * time.Millisecond
+
+// view is what one round observed; status is computed from it.
+type view struct {
+	facts   Facts
+	target  *verify.Release
+	why     error // why the target is unfit, or does not fit in the space left
+	slots   install.State
+	images  []verify.Image // of the target, for this device
+	have    int64          // bytes of images held
+	total   int64
+	state   DeviceState
+	since   time.Time
+	started time.Time // when the target was first heard of
+}
+
+// live is the loop: observe, next, do one step, wait.
+func (n *Node) live(ctx context.Context) error {
+	if n.cfg.Starter != nil {
+		if err := n.cfg.Starter(ctx); err != nil {
+			n.setTrouble(err)
+			n.log.Error("start the slots", "code", verify.CodeOf(err), "err", err)
+		}
+	}
+	var pause time.Duration // grows while the same trouble lasts
+	for ctx.Err() == nil {
+		looked := time.Now()
+		v, err := n.observe(ctx)
+		if err == nil {
+			step := next(v.facts)
+			if step == StepWait || step == StepFetch {
+				if step == StepFetch {
+					n.fetch(v)
+				}
+				pause = 0
+				n.wait(ctx, n.idleFor(v))
+				n.pauseFor(ctx, roundsApart-time.Since(looked))
+				continue
+			}
+			n.log.Info("step", "do", step.String(), "state", v.state, "target", versionOf(v.target))
+			if err = n.do(ctx, step, v); err == nil {
+				pause = 0
+				n.setTrouble(nil)
+				n.poke()
+				continue
+			}
+			n.log.Error("step failed", "do", step.String(), "code", verify.CodeOf(err), "err", err)
+		}
+		if ctx.Err() != nil {
+			break
+		}
+		n.setTrouble(err)
+		pause = min(max(2*pause, time.Second), time.Minute)
+		n.pauseFor(ctx, pause)
+	}
+	return ctx.Err()
+}
+
+// idleFor says when to look again though nothing was heard: free space comes without a message.
+func (n *Node) idleFor(v view) time.Duration {
+	if v.facts.SpaceShort {
+		return 5 * time.Second
+	}
+	return time.Minute
+}
+
+func (n *Node) wait(ctx context.Context, longest time.Duration) {
+	timer := time.NewTimer(longest)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+	case <-timer.C:
+	case <-n.wake:
+	}
+}
+
+// pauseFor waits out a back-off: a wake must not turn trouble into a busy loop.
+func (n *Node) pauseFor(ctx context.Context, d time.Duration) {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+	case <-timer.C:
+	}
+}
+
+// observe gathers the facts. It changes nothing but the swarm's picture of the site.
+func (n *Node) observe(ctx context.Context) (view, error) {
+	slots, err := n.cfg.Slots.State(ctx)
+	if err != nil {
+		return view{}, fmt.Errorf("read the slots: %w", err)
+	}
+	running := slots.Slots[slots.Booted]
+	known := n.known()
+	v := view{slots: slots}
+	confirmed := running.Release
+	if slots.Phase == install.PhaseTrial {
+		confirmed = verify.Digest{} // what is on trial does not count as running
+	}
+	v.target, v.facts.Target, v.why = choose(known, n.deviceFor(slots), n.door.Counters(), confirmed, n.failedHere)
+	v.facts.Policy = n.cfg.Policy
+	v.facts.Boot = bootFact(slots)
+	v.facts.Unrecorded = slots.Failed != ""
+	if v.target != nil {
+		v.images = v.target.ImagesFor(n.cfg.Hardware)
+		v.facts.Idle = idleHolds(slots, v.target)
+		n.observeImages(&v)
+	}
+	n.swarm.SetMembers(n.members())
+	n.seed(known)
+
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if slots.Phase == install.PhaseTrial {
+		v.facts.Health = n.health
+	}
+	v.state = state(v.facts, v.have > 0)
+	if v.state == StateWaiting && v.facts.Target == TargetNew && n.anyoneHolds(v.images) {
+		v.state = StateFetching
+	}
+	v.since, v.started = n.view.since, n.view.started
+	if v.state != n.view.state {
+		v.since = time.Now()
+	}
+	if versionOf(v.target) != versionOf(n.view.target) || v.started.IsZero() {
+		v.started = time.Now()
+	}
+	n.view = v
+	return v, nil
+}
+
+// deviceFor is this device as the rules of a release see it. While a trial runs,
+// the version that counts is the default slot's: the trial may still go.
+func (n *Node) deviceFor(slots install.State) verify.Device {
+	return verify.Device{Product: n.cfg.Product, Hardware: n.cfg.Hardware, Channel: n.cfg.Channel,
+		Running: slots.Slots[slots.Default].Version}
+}
+
+func (n *Node) failedHere(id verify.Digest) bool {
+	_, failed := n.failures.Failed(id)
+	return failed
+}
+
+func bootFact(s install.State) BootFact {
+	switch {
+	case s.Phase == install.PhaseTrial:
+		return BootTrial
+	case s.Phase == install.PhaseArmed:
+		return BootArmed
+	case s.Booted != s.Default:
+		return BootReturned
+	default:
+		return BootSettled
+	}
+}
+
+// idleHolds says whether the slot that does not run holds the release, whole.
+func idleHolds(s install.State, rel *verify.Release) bool {
+	c, ok := s.Slots[s.Default.Other()]
+	return ok && c.Whole && c.Release == rel.ID() && s.Booted == s.Default
+}
+
+// observeImages fills in how much of the target is held and whether the rest fits.
+func (n *Node) observeImages(v *view) {
+	var missing []verify.Image
+	for _, img := range v.images {
+		v.total += img.Size
+		v.have += n.store.HaveBytes(img.SHA256)
+		if !n.store.Has(img.SHA256) {
+			missing = append(missing, img)
+		}
+	}
+	if len(missing) == 0 {
+		v.facts.Image = ImageWhole
+		return
+	}
+	if v.facts.Target != TargetNew || v.facts.Idle {
+		return
+	}
+	if err := n.store.CheckSpace(missing...); err != nil {
+		v.facts.SpaceShort = verify.CodeOf(err) == verify.CodeSpace
+		v.why = err
+	}
+}
+
+// anyoneHolds says whether some device heard of has bytes of these images.
+func (n *Node) anyoneHolds(images []verify.Image) bool {
+	for _, m := range n.mesh.Members() {
+		for _, h := range m.Status.Holdings {
+			for _, img := range images {
+				if h.Image == img.SHA256 && h.Have > 0 {
+					return true
+				}
+			}
+		}
+	}
+	return false
+}
+
+// seed serves every image that is held whole.
+func (n *Node) seed(known []*verify.Release) {
+	for _, rel := range known {
+		for _, img := range rel.Manifest().Images {
+			if n.store.Has(img.SHA256) {
+				n.swarm.Seed(rel, img.SHA256)
+			}
+		}
+	}
+}
+
+// fetch lets the swarm get what the target lacks, and nothing that was wanted before and is no more.
+func (n *Node) fetch(v view) {
+	wanted := map[verify.Digest]bool{}
+	for _, img := range v.images {
+		wanted[img.SHA256] = true
+		if !n.store.Has(img.SHA256) {
+			n.swarm.Fetch(v.target, img.SHA256)
+		}
+	}
+	for _, t := range n.swarm.Transfers() {
+		if !t.Complete && !wanted[t.Image] {
+			n.swarm.Stop(t.Image)
+		}
+	}
+}
+
+// do carries out one step.
+func (n *Node) do(ctx context.Context, step Step, v view) error {
+	slots := n.cfg.Slots
+	switch step {
+	case StepWrite:
+		defer n.setWriting(progress{})
+		return slots.Write(ctx, v.target, v.images, n.openImage, func(done, total int64) { n.setWriting(progress{done, total}) })
+	case StepTry:
+		return slots.Try(ctx, v.slots.Default.Other())
+	case StepRestart:
+		return n.restart(ctx)
+	case StepCheck:
+		return n.checkHealth(ctx, v)
+	case StepConfirm:
+		return n.confirm(ctx, v)
+	case StepFallback:
+		return slots.Fallback(ctx)
+	case StepRecord:
+		return n.recordFailure(ctx, v)
+	default:
+		return fmt.Errorf("no way to do step %v", step)
+	}
+}
+
+func (n *Node) openImage(img verify.Image) (io.ReadCloser, error) { return n.store.Open(img.SHA256) }
+
+// restart starts what the boot state says. Where the restart command of a trial
+// fails, the trial failed: the slot was entered and does not run.
+func (n *Node) restart(ctx context.Context) error {
+	n.setHealth(HealthUnknown)
+	err := n.cfg.Slots.Restart(ctx)
+	if err == nil || ctx.Err() != nil {
+		return err
+	}
+	after, stateErr := n.cfg.Slots.State(ctx)
+	if stateErr != nil {
+		return errors.Join(err, stateErr)
+	}
+	if after.Phase != install.PhaseTrial {
+		return err
+	}
+	n.fail(err)
+	return nil
+}
+
+// checkHealth proves the trial healthy or notes why not. A check that was only
+// interrupted by the end of the daemon says nothing about the slot.
+func (n *Node) checkHealth(ctx context.Context, v view) error {
+	if n.cfg.Health == nil {
+		n.setHealth(HealthGood)
+		return nil
+	}
+	err := n.cfg.Health(ctx, v.slots.Booted, v.slots.Slots[v.slots.Booted].Version)
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if err != nil {
+		n.fail(err)
+		return nil
+	}
+	n.setHealth(HealthGood)
+	return nil
+}
+
+// fail marks the present trial as failed and keeps the reason durably, so that
+// it outlasts the restart into the old slot.
+func (n *Node) fail(why error) {
+	n.setHealth(HealthBad)
+	s, err := n.cfg.Slots.State(context.WithoutCancel(context.Background()))
+	if err != nil {
+		n.log.Error("read the slots after a failed trial", "err", err)
+		return
+	}
+	c := s.Slots[s.Booted]
+	n.log.Warn("trial failed", "version", c.Version, "code", verify.CodeOf(why), "err", why)
+	if err := n.failures.Record(install.Failure{Release: c.Release, Version: c.Version,
+		Code: codeOr(why, verify.CodeHealth), Detail: why.Error(), At: time.Now().UTC()}); err != nil {
+		n.log.Error("remember a failed trial", "err", err)
+	}
+}
+
+// confirm makes the trial the default. The floor rises only afterwards: a floor
+// above the slot that boots would make the device refuse what it runs.
+func (n *Node) confirm(ctx context.Context, v view) error {
+	from, to := v.slots.Slots[v.slots.Default], v.slots.Slots[v.slots.Booted]
+	if err := n.cfg.Slots.Confirm(ctx); err != nil {
+		return err
+	}
+	n.setHealth(HealthUnknown)
+	n.mu.Lock()
+	rel, started := n.releases[to.Release], v.started
+	n.mu.Unlock()
+	if rel != nil {
+		if err := n.door.Confirmed(rel); err != nil {
+			return fmt.Errorf("raise the floor: %w", err)
+		}
+	}
+	by := ""
+	if o, ok := n.origin.get(to.Release); ok {
+		by = o.Kind
+	}
+	n.record(Event{Kind: EventConfirmed, From: from.Version, To: to.Version, Took: time.Since(started), By: by})
+	n.prune(to.Release)
+	return nil
+}
+
+// recordFailure remembers the release of a trial that fell back.
+func (n *Node) recordFailure(ctx context.Context, v view) error {
+	c := v.slots.Slots[v.slots.Failed]
+	f, known := n.failures.Failed(c.Release)
+	if !known {
+		// The bootloader fell back by itself: nobody was left to say why.
+		f = install.Failure{Release: c.Release, Version: c.Version, Code: verify.CodeBoot,
+			Detail: "the new system was started and did not confirm itself", At: time.Now().UTC()}
+		if err := n.failures.Record(f); err != nil {
+			return fmt.Errorf("remember the failed release: %w", err)
+		}
+	}
+	n.record(Event{Kind: EventRolledBack, From: c.Version, To: v.slots.Slots[v.slots.Default].Version,
+		Took: time.Since(v.started), Code: f.Code, Detail: f.Detail})
+	return n.cfg.Slots.Forget(ctx)
+}
+
+// Rollback goes back to the other slot by a person's wish: the version that runs
+// counts as failed here, so that it is not installed again by itself.
+func (n *Node) Rollback(ctx context.Context, by string) error {
+	s, err := n.cfg.Slots.State(ctx)
+	if err != nil {
+		return fmt.Errorf("read the slots: %w", err)
+	}
+	if s.Phase != install.PhaseSettled || s.Booted != s.Default {
+		return verify.Refuse(verify.CodeBusy, "an update is on trial; it ends by itself")
+	}
+	other := s.Slots[s.Default.Other()]
+	if !other.Whole {
+		return verify.Refuse(verify.CodeSlot, "the other slot holds no whole version to go back to")
+	}
+	now := s.Slots[s.Booted]
+	if !now.Release.IsZero() {
+		if err := n.failures.Record(install.Failure{Release: now.Release, Version: now.Version, Code: verify.CodeFailedHere,
+			Detail: "rolled back by " + by, At: time.Now().UTC()}); err != nil {
+			return fmt.Errorf("remember the release that is left: %w", err)
+		}
+	}
+	if err := n.failures.Forgive(other.Release); err != nil {
+		return fmt.Errorf("allow the previous release again: %w", err)
+	}
+	if err := n.cfg.Slots.Try(ctx, s.Default.Other()); err != nil {
+		return err
+	}
+	n.record(Event{Kind: EventRolledBack, From: now.Version, To: other.Version, By: by, Code: verify.CodeFailedHere, Detail: "asked for by " + by})
+	n.poke()
+	return nil
+}
+
+func (n *Node) setHealth(h HealthFact) {
+	n.mu.Lock()
+	n.health = h
+	n.mu.Unlock()
+}
+
+func (n *Node) setWriting(p progress) {
+	n.mu.Lock()
+	n.writing = p
+	n.mu.Unlock()
+}
+
+func (n *Node) setTrouble(err error) {
+	n.mu.Lock()
+	n.trouble = reasonOf(err)
+	n.touchLocked()
+	n.mu.Unlock()
+}
+
+// record appends to the history; a history that cannot be written must not stop an update.
+func (n *Node) record(e Event) {
+	e.At = time.Now().UTC()
+	if e.Device == "" {
+		e.Device, e.Name = n.mesh.ID(), n.cfg.Name
+	}
+	if err := n.history.Append(e); err != nil {
+		n.log.Error("write the history", "err", err)
+	}
+}
+
+func reasonOf(err error) *Reason {
+	if err == nil {
+		return nil
+	}
+	r := &Reason{Code: codeOr(err, verify.CodeIO), Detail: err.Error()}
+	var refusal *verify.Refusal
+	if errors.As(err, &refusal) {
+		r.NeedBytes = refusal.NeedBytes
+	}
+	return r
+}
+
+func codeOr(err error, fallback verify.Code) verify.Code {
+	if c := verify.CodeOf(err); c != "" {
+		return c
+	}
+	return fallback
+}
+
+func versionOf(rel *verify.Release) string {
+	if rel == nil {
+		return ""
+	}
+	return rel.Manifest().Version
+}

@@ -1,0 +1,232 @@
+package peer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"meshupd/discovery"
+	"meshupd/install"
+	"meshupd/swarm"
+	"meshupd/verify"
+	"meshupd/verify/durable"
+)
+
+// Config of a Node. Zero values of optional fields mean what their comment says.
+type Config struct {
+	Name     string // shown to people; the host name as a rule
+	Product  string
+	Hardware string
+	Channel  string
+	StateDir string
+	Anchor   string // folder with the factory trust document
+	Reserve  int64  // bytes that stay free on the store's file system
+
+	Slots install.Slots
+	// Starter, if not nil, is run once before the first look at the slots: what
+	// a bootloader does at power-on where there is none.
+	Starter func(ctx context.Context) error
+	// Health proves the running slot healthy or says why not. nil: healthy by having started.
+	Health func(ctx context.Context, slot install.SlotName, version string) error
+	Policy Policy
+
+	SiteKey            []byte
+	Listen             []netip.AddrPort
+	Finders            func(discovery.Advert) []Finder
+	LAN                LAN
+	MaxPeers           int
+	UpLimit, DownLimit int64 // bytes per second; 0: no limit
+
+	Log *slog.Logger
+}
+
+// Node is a whole device: its door, store, slots, swarm and mesh, and the loop
+// that takes a release through its life.
+type Node struct {
+	cfg      Config
+	log      *slog.Logger
+	door     *verify.Door
+	store    *swarm.Store
+	swarm    *swarm.Swarm
+	mesh     *Mesh
+	failures *install.Failures
+	history  *History
+	origin   *origins
+	// wake asks the loop for another look; a full channel already holds the request.
+	wake chan struct{}
+
+	mu        sync.Mutex // guards the fields below
+	releases  map[verify.Digest]*verify.Release
+	view      view // what the last round observed
+	trouble   *Reason
+	health    HealthFact
+	writing   progress
+	heard     map[string]DeviceState // last state each other device was heard in, for the history
+	importing int                    // imports that have images in the store and are not committed yet
+	changed   chan struct{}          // closed and replaced when anything a person could see changed
+}
+
+// progress of a slow step.
+type progress struct{ done, total int64 }
+
+// New opens everything that a device keeps and starts nothing.
+func New(cfg Config) (*Node, error) {
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if err := durable.MkdirAll(cfg.StateDir, 0o750); err != nil {
+		return nil, err
+	}
+	n := &Node{
+		cfg: cfg, log: cfg.Log,
+		wake:     make(chan struct{}, 1),
+		releases: map[verify.Digest]*verify.Release{},
+		heard:    map[string]DeviceState{},
+		changed:  make(chan struct{}),
+	}
+	n.view.state = StateWaiting
+	n.view.since = time.Now()
+	if err := n.openState(); err != nil {
+		return nil, err
+	}
+	if err := n.openSite(); err != nil {
+		return nil, err
+	}
+	return n, nil
+}
+
+// openState opens what outlasts a restart.
+func (n *Node) openState() (err error) {
+	dir := n.cfg.StateDir
+	if n.door, err = verify.OpenDoor(verify.DoorConfig{Dir: dir, Anchor: n.cfg.Anchor, Product: n.cfg.Product}); err != nil {
+		return fmt.Errorf("open the trust of this device: %w", err)
+	}
+	if n.store, err = swarm.OpenStore(swarm.StoreConfig{Dir: filepath.Join(dir, "store"), Reserve: n.cfg.Reserve, Log: n.log}); err != nil {
+		return fmt.Errorf("open the store: %w", err)
+	}
+	if n.failures, err = install.OpenFailures(dir); err != nil {
+		if n.failures == nil {
+			return fmt.Errorf("open the list of failures: %w", err)
+		}
+		n.log.Error("the list of failures was damaged and is begun anew", "err", err)
+	}
+	if n.history, err = OpenHistory(filepath.Join(dir, "history.log")); err != nil {
+		if n.history == nil {
+			return err
+		}
+		n.log.Error("history", "err", err)
+	}
+	if n.origin, err = openOrigins(filepath.Join(dir, "origins.json")); err != nil {
+		return err
+	}
+	return n.loadReleases()
+}
+
+// loadReleases takes the kept heads through the same door as any other bytes: the
+// disk is no more trusted than a stick. What no kept release needs is dropped.
+func (n *Node) loadReleases() error {
+	heads, err := n.store.UnverifiedHeads()
+	if err != nil {
+		return fmt.Errorf("read the kept releases: %w", err)
+	}
+	doubt := false
+	for _, raw := range heads {
+		rel, err := n.check(context.Background(), raw)
+		if err != nil {
+			n.log.Warn("a kept release is not believed any more", "code", verify.CodeOf(err), "err", err)
+			doubt = true
+			continue
+		}
+		n.releases[rel.ID()] = rel
+	}
+	if doubt {
+		return nil // a person may want to look at what is there; nothing of it is offered or installed
+	}
+	if err := n.store.Sweep(n.known()); err != nil {
+		return fmt.Errorf("sweep the store: %w", err)
+	}
+	return nil
+}
+
+// openSite prepares the mesh and the swarm on top of it.
+func (n *Node) openSite() (err error) {
+	n.mesh, err = NewMesh(MeshConfig{
+		StateDir: n.cfg.StateDir, Group: n.door.Trust().RootID, SiteKey: n.cfg.SiteKey,
+		Listen: n.cfg.Listen, Finders: n.cfg.Finders, LAN: n.cfg.LAN, MaxPeers: n.cfg.MaxPeers, Log: n.log,
+		CheckHead: n.hearHead, Heads: n.heads, Head: n.head, Changed: n.poke,
+	})
+	if err != nil {
+		return fmt.Errorf("prepare the mesh: %w", err)
+	}
+	n.swarm, err = swarm.New(swarm.Config{
+		Self: n.mesh.ID(), Store: n.store, Network: n.mesh.Network(), Log: n.log,
+		Changed: n.poke, BadPeer: n.badPeer, UpLimit: n.cfg.UpLimit, DownLimit: n.cfg.DownLimit,
+	})
+	if err != nil {
+		return fmt.Errorf("prepare the swarm: %w", err)
+	}
+	return nil
+}
+
+// Run is the device, until ctx ends.
+func (n *Node) Run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return n.mesh.Run(ctx) })
+	g.Go(func() error { return n.swarm.Run(ctx) })
+	g.Go(func() error { return n.live(ctx) })
+	g.Go(func() error { return n.tell(ctx) })
+	if err := g.Wait(); !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil
+}
+
+// poke asks for another look at the facts.
+func (n *Node) poke() {
+	select {
+	case n.wake <- struct{}{}:
+	default:
+	}
+	n.mu.Lock()
+	n.touchLocked()
+	n.mu.Unlock()
+}
+
+func (n *Node) touchLocked() {
+	close(n.changed)
+	n.changed = make(chan struct{})
+}
+
+// Changed returns a channel that is closed at the next change a person could see.
+func (n *Node) Changed() <-chan struct{} {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.changed
+}
+
+// known lists the verified releases that are kept.
+func (n *Node) known() []*verify.Release {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	out := make([]*verify.Release, 0, len(n.releases))
+	for _, rel := range n.releases {
+		out = append(out, rel)
+	}
+	return out
+}
+
+// ID is this device's name in the mesh.
+func (n *Node) ID() string { return n.mesh.ID() }
+
+// Addrs lists where this device listens.
+func (n *Node) Addrs() []netip.AddrPort { return n.mesh.Addrs() }
+
+// History tells what happened, newest first.
+func (n *Node) History(device string, limit int) []Event { return n.history.Events(device, limit) }

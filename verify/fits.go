@@ -1,0 +1,91 @@
+package verify
+
+import (
+	"cmp"
+	"slices"
+
+	"github.com/Masterminds/semver/v3"
+)
+
+// Device is what Fits needs to know of a device.
+type Device struct {
+	Product  string
+	Hardware string
+	Channel  string // "" follows every channel
+	Running  string // version that runs now; "" when unknown
+}
+
+// Fits says whether the release is for this device, as a Refusal (E-PRODUCT,
+// E-HARDWARE, E-CHANNEL, E-REQUIRES, E-DOWNGRADE) or nil. An unknown running
+// version is never a downgrade, but it meets no requirement either.
+func (r *Release) Fits(dev Device) error {
+	m := &r.manifest
+	switch {
+	case m.Product != dev.Product:
+		return Refuse(CodeProduct, "the release is for product %s, this device is %s", m.Product, dev.Product)
+	case len(r.ImagesFor(dev.Hardware)) == 0:
+		return Refuse(CodeHardware, "the release has no image for hardware %q", dev.Hardware)
+	case dev.Channel != "" && m.Channel != dev.Channel:
+		return Refuse(CodeChannel, "the release is of channel %s, this device follows %s", m.Channel, dev.Channel)
+	}
+	running, err := semver.StrictNewVersion(dev.Running)
+	known := err == nil
+	if m.Requires != "" && !(known && satisfies(m.Requires, running)) {
+		return r.requires(dev.Running)
+	}
+	if known && !m.Downgrade {
+		// The manifest's version was read when the manifest was checked.
+		if v, err := semver.StrictNewVersion(m.Version); err == nil && v.LessThan(running) {
+			return Refuse(CodeDowngrade, "version %s is lower than %s, which runs here", m.Version, dev.Running)
+		}
+	}
+	return nil
+}
+
+func (r *Release) requires(running string) error {
+	m := &r.manifest
+	if running == "" {
+		running = "an unknown version"
+	}
+	if m.Via != nil {
+		return Refuse(CodeRequires, "the release needs %s, %s runs here; go through %s first", m.Requires, running, m.Via.Version)
+	}
+	return Refuse(CodeRequires, "the release needs %s, %s runs here", m.Requires, running)
+}
+
+// satisfies takes a pre-release of a version in the range as in the range: a
+// device on 2.4.0-rc.1 meets ">=2.2.0".
+func satisfies(constraint string, v *semver.Version) bool {
+	c, err := semver.NewConstraint(constraint)
+	if err != nil {
+		return false
+	}
+	c.IncludePrerelease = true
+	return c.Check(v)
+}
+
+// ImagesFor lists the images of the release for this hardware, in the manifest's order.
+func (r *Release) ImagesFor(hardware string) []Image {
+	var out []Image
+	if !serves(r.manifest.Hardware, hardware) {
+		return nil
+	}
+	for _, img := range r.manifest.Images {
+		if serves(img.Hardware, hardware) {
+			out = append(out, img)
+		}
+	}
+	return out
+}
+
+// serves reports whether a hardware list includes hw; an empty list includes all.
+func serves(list []string, hw string) bool {
+	return len(list) == 0 || slices.Contains(list, hw)
+}
+
+// Compare orders releases by (line, seq): -1, 0 or 1.
+func (r *Release) Compare(other *Release) int {
+	return cmp.Or(
+		cmp.Compare(r.manifest.Line, other.manifest.Line),
+		cmp.Compare(r.manifest.Seq, other.manifest.Seq))
+}

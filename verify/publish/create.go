@@ -1,0 +1,436 @@
+package publish
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/klauspost/compress/zstd"
+
+	"meshupd/verify"
+	"meshupd/verify/durable"
+)
+
+// ImageInput is a file that goes into a release.
+type ImageInput struct {
+	Path        string
+	Name        string // default: the file's name in lower case
+	Kind        verify.Kind
+	Hardware    []string
+	PieceLength int64 // 0: verify.DefaultPieceLength
+}
+
+// Options of Create.
+type Options struct {
+	Out       string // folder of releases
+	Trust     string // trust folder, see InitTrust
+	Version   string
+	Channel   string // default "stable"
+	Hardware  []string
+	Requires  string
+	Via       *verify.Via
+	Notes     []string
+	NotAfter  *time.Time
+	Downgrade bool
+	Critical  []string
+	Images    []ImageInput
+	// Previous is a manifest.json or release folder whose seq is counted up from; default: the highest among the product's releases in Out.
+	Previous string
+	Seq      uint64    // set instead of counting
+	IssuedAt time.Time // zero: Now()
+	// Progress, if not nil, is told bytes read so far of all that will be read.
+	Progress func(done, total int64)
+}
+
+// Create makes the folder <Out>/<product>_<version>/ with the layout of a bundle,
+// unsigned, and returns its path. Product, line and epoch come from the trust
+// folder. The same input gives the same bytes. The folder appears whole or not at
+// all. Errors are Refusals: E-USAGE (exists already, no images), E-FORMAT, E-TRUST,
+// E-IO, or that of ctx.
+func Create(ctx context.Context, o Options) (string, error) {
+	if err := checkTrust(o.Trust); err != nil {
+		return "", err
+	}
+	docs, err := readTrust(o.Trust)
+	if err != nil {
+		return "", err
+	}
+	m, err := o.manifest(docs[len(docs)-1])
+	if err != nil {
+		return "", err
+	}
+	final := filepath.Join(o.Out, m.Product+"_"+m.Version)
+	if _, err := os.Lstat(final); !errors.Is(err, fs.ErrNotExist) {
+		return "", verify.Refuse(verify.CodeUsage, "create the release: %s is already there", final)
+	}
+	if err := durable.MkdirAll(o.Out, 0o755); err != nil {
+		return "", verify.Refuse(verify.CodeIO, "create the release: %w", err)
+	}
+	work, err := os.MkdirTemp(o.Out, ".create-")
+	if err != nil {
+		return "", verify.Refuse(verify.CodeIO, "create the release: %w", err)
+	}
+	defer os.RemoveAll(work)
+	if err := build(ctx, work, o, m); err != nil {
+		return "", err
+	}
+	if err := os.Chmod(work, 0o755); err != nil {
+		return "", verify.Refuse(verify.CodeIO, "create the release: %w", err)
+	}
+	if err := durable.Rename(work, final); err != nil {
+		return "", verify.Refuse(verify.CodeIO, "create the release: %w", err)
+	}
+	return final, nil
+}
+
+// manifest fills in all but the images.
+func (o *Options) manifest(trust verify.TrustDocument) (verify.Manifest, error) {
+	if len(o.Images) == 0 {
+		return verify.Manifest{}, verify.Refuse(verify.CodeUsage, "create the release: there is no image")
+	}
+	issued := o.IssuedAt
+	if issued.IsZero() {
+		var err error
+		if issued, err = Now(); err != nil {
+			return verify.Manifest{}, err
+		}
+	}
+	seq, err := o.nextSeq(trust)
+	if err != nil {
+		return verify.Manifest{}, err
+	}
+	m := verify.Manifest{
+		Format:     verify.ManifestFormat,
+		Product:    trust.Product,
+		Hardware:   o.Hardware,
+		Channel:    o.Channel,
+		Version:    o.Version,
+		Line:       trust.Line,
+		Seq:        seq,
+		TrustEpoch: trust.Epoch,
+		Requires:   o.Requires,
+		Via:        o.Via,
+		IssuedAt:   issued.UTC().Truncate(time.Second),
+		NotAfter:   o.NotAfter,
+		Downgrade:  o.Downgrade,
+		Critical:   o.Critical,
+		Notes:      o.Notes,
+	}
+	if m.Channel == "" {
+		m.Channel = "stable"
+	}
+	// The version becomes part of a path before the manifest is checked as a whole.
+	if m.Version == "" || strings.ContainsAny(m.Version, "/\\\x00") {
+		return verify.Manifest{}, verify.Refuse(verify.CodeFormat, "create the release: %q is not a version", m.Version)
+	}
+	return m, nil
+}
+
+// nextSeq counts up from the previous manifest of the trust document's line.
+func (o *Options) nextSeq(trust verify.TrustDocument) (uint64, error) {
+	if o.Seq != 0 {
+		return o.Seq, nil
+	}
+	var last uint64
+	note := func(m verify.Manifest) {
+		if m.Product == trust.Product && m.Line == trust.Line && m.Seq > last {
+			last = m.Seq
+		}
+	}
+	if o.Previous != "" {
+		m, err := readManifest(o.Previous)
+		if err != nil {
+			return 0, err
+		}
+		if m.Product != trust.Product {
+			return 0, verify.Refuse(verify.CodeProduct, "the previous release is for product %s, not %s", m.Product, trust.Product)
+		}
+		note(m)
+	} else {
+		siblings, err := filepath.Glob(filepath.Join(escapeGlob(o.Out), trust.Product+"_*", "manifest.json"))
+		if err != nil {
+			return 0, verify.Refuse(verify.CodeIO, "look for earlier releases: %w", err)
+		}
+		for _, path := range siblings {
+			m, err := readManifest(path)
+			if err != nil {
+				// Skipping it could count a seq twice, which every device would take for a forgery.
+				return 0, verify.Refuse(verify.CodeOf(err), "look for earlier releases: %s: %w", path, err)
+			}
+			note(m)
+		}
+	}
+	return max(last+1, trust.MinSeq), nil
+}
+
+func escapeGlob(s string) string {
+	return strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`).Replace(s)
+}
+
+// readManifest reads a manifest.json, or the one in a release folder.
+func readManifest(path string) (verify.Manifest, error) {
+	if info, err := os.Stat(path); err == nil && info.IsDir() {
+		path = filepath.Join(path, "manifest.json")
+	}
+	raw, err := readAtMost(path, verify.MaxManifest)
+	if err != nil {
+		return verify.Manifest{}, err
+	}
+	return verify.ParseUnverifiedManifest(raw)
+}
+
+func readAtMost(path string, limit int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, verify.Refuse(verify.CodeNotFound, "read %s: %w", path, err)
+	}
+	if err != nil {
+		return nil, verify.Refuse(verify.CodeIO, "read %s: %w", path, err)
+	}
+	defer f.Close()
+	raw, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err != nil {
+		return nil, verify.Refuse(verify.CodeIO, "read %s: %w", path, err)
+	}
+	if int64(len(raw)) > limit {
+		return nil, verify.Refuse(verify.CodeSize, "read %s: it has more than %d bytes", path, limit)
+	}
+	return raw, nil
+}
+
+// build fills the folder; the manifest is written last.
+func build(ctx context.Context, dir string, o Options, m verify.Manifest) error {
+	for _, sub := range []string{"certs", "images"} {
+		if err := os.Mkdir(filepath.Join(dir, sub), 0o755); err != nil {
+			return verify.Refuse(verify.CodeIO, "create the release: %w", err)
+		}
+	}
+	if err := copyTrust(o.Trust, dir); err != nil {
+		return err
+	}
+	var total int64
+	for _, in := range o.Images {
+		info, err := os.Stat(in.Path)
+		if errors.Is(err, fs.ErrNotExist) {
+			return verify.Refuse(verify.CodeNotFound, "read the image: %w", err)
+		}
+		if err != nil || !info.Mode().IsRegular() {
+			return verify.Refuse(verify.CodeUsage, "read the image: %s is not a file", in.Path)
+		}
+		total += info.Size()
+	}
+	p := &progress{tell: o.Progress, total: total}
+	for _, in := range o.Images {
+		img, err := addImage(ctx, dir, in, p)
+		if err != nil {
+			return err
+		}
+		m.Images = append(m.Images, img)
+	}
+	raw, err := verify.EncodeManifest(m)
+	if err != nil {
+		return err
+	}
+	if err := durable.WriteFile(filepath.Join(dir, "manifest.json"), raw, 0o644); err != nil {
+		return verify.Refuse(verify.CodeIO, "create the release: %w", err)
+	}
+	return nil
+}
+
+// copyTrust copies the chain and exactly the certificates that it pins.
+func copyTrust(from, to string) error {
+	docs, err := readTrust(from)
+	if err != nil {
+		return err
+	}
+	var names []string
+	for i, doc := range docs {
+		names = append(names, fmt.Sprintf("trust.%d.json", i+1), fmt.Sprintf("trust.%d.sig", i+1))
+		for _, set := range []verify.KeySet{doc.Root, doc.Release} {
+			for _, k := range set.Keys {
+				names = append(names, verify.CertificateName(k.Cert))
+			}
+		}
+	}
+	for _, name := range names {
+		name = filepath.FromSlash(name)
+		raw, err := readAtMost(filepath.Join(from, name), verify.MaxCertificate)
+		if err != nil {
+			return err
+		}
+		if err := durable.WriteFile(filepath.Join(to, name), raw, 0o644); err != nil {
+			return verify.Refuse(verify.CodeIO, "copy the trust chain: %w", err)
+		}
+	}
+	return nil
+}
+
+// addImage puts a file into the folder under its digest and describes it. The
+// bytes are hashed in their place there, so the description is of what ships.
+func addImage(ctx context.Context, dir string, in ImageInput, p *progress) (verify.Image, error) {
+	placed := filepath.Join(dir, "images", ".new")
+	if err := place(ctx, in.Path, placed); err != nil {
+		return verify.Image{}, err
+	}
+	f, err := os.Open(placed)
+	if err != nil {
+		return verify.Image{}, verify.Refuse(verify.CodeIO, "read the image: %w", err)
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return verify.Image{}, verify.Refuse(verify.CodeIO, "read the image: %w", err)
+	}
+	length := in.PieceLength
+	if length == 0 {
+		length = verify.DefaultPieceLength(info.Size())
+	}
+	hashed, err := verify.HashImage(&watched{r: f, ctx: ctx, p: p}, length)
+	if err != nil {
+		return verify.Image{}, fmt.Errorf("hash %s: %w", in.Path, err)
+	}
+	img := verify.Image{
+		Name:     in.Name,
+		Kind:     in.Kind,
+		Hardware: in.Hardware,
+		Size:     hashed.Size,
+		SHA256:   hashed.SHA256,
+		Encoding: verify.EncodingNone,
+		Content:  verify.Content{Size: hashed.Size, SHA256: hashed.SHA256},
+		Pieces:   verify.Pieces{Length: length, Root: hashed.Table.Root},
+	}
+	if img.Name == "" {
+		img.Name = strings.ToLower(filepath.Base(in.Path))
+	}
+	if img.Kind == "" {
+		img.Kind = verify.KindSlot
+	}
+	if err := decodeContent(ctx, f, &img); err != nil {
+		return verify.Image{}, fmt.Errorf("read %s: %w", in.Path, err)
+	}
+	return img, finishImage(dir, placed, img, hashed.Table)
+}
+
+func finishImage(dir, placed string, img verify.Image, table *verify.PieceTable) error {
+	if err := durable.Rename(placed, filepath.Join(dir, filepath.FromSlash(verify.ImageName(img.SHA256)))); err != nil {
+		return verify.Refuse(verify.CodeIO, "create the release: %w", err)
+	}
+	layer := table.Layer()
+	if len(layer) == 0 {
+		return nil
+	}
+	if err := durable.MkdirAll(filepath.Join(dir, "pieces"), 0o755); err != nil {
+		return verify.Refuse(verify.CodeIO, "create the release: %w", err)
+	}
+	if err := durable.WriteFile(filepath.Join(dir, filepath.FromSlash(verify.TableName(img.SHA256))), layer, 0o644); err != nil {
+		return verify.Refuse(verify.CodeIO, "create the release: %w", err)
+	}
+	return nil
+}
+
+// place links the file, which costs nothing however large it is, or copies it
+// where links do not reach.
+func place(ctx context.Context, from, to string) error {
+	// A link to a symbolic link would ship the symbolic link.
+	if real, err := filepath.EvalSymlinks(from); err == nil {
+		from = real
+	}
+	if os.Link(from, to) == nil {
+		return nil
+	}
+	in, err := os.Open(from)
+	if err != nil {
+		return verify.Refuse(verify.CodeIO, "read the image: %w", err)
+	}
+	defer in.Close()
+	out, err := durable.Create(to, 0o644)
+	if err != nil {
+		return verify.Refuse(verify.CodeIO, "copy the image: %w", err)
+	}
+	defer out.Abort()
+	if _, err := io.Copy(out, &watched{r: in, ctx: ctx}); err != nil {
+		return verify.Refuse(verify.CodeIO, "copy the image: %w", err)
+	}
+	if err := out.Commit(); err != nil {
+		return verify.Refuse(verify.CodeIO, "copy the image: %w", err)
+	}
+	return nil
+}
+
+var zstdMagic = []byte{0x28, 0xb5, 0x2f, 0xfd} // RFC 8878 section 3.1.1
+
+// decodeContent describes what a slot image decodes to, when it is compressed.
+func decodeContent(ctx context.Context, f io.ReadSeeker, img *verify.Image) error {
+	if img.Kind != verify.KindSlot {
+		return nil
+	}
+	if _, err := f.Seek(0, io.SeekStart); err != nil {
+		return verify.Refuse(verify.CodeIO, "read the image: %w", err)
+	}
+	var magic [4]byte
+	if _, err := io.ReadFull(f, magic[:]); err != nil || !bytes.Equal(magic[:], zstdMagic) {
+		return nil
+	}
+	if _, err := f.Seek(0, io.SeekStart); err != nil {
+		return verify.Refuse(verify.CodeIO, "read the image: %w", err)
+	}
+	content, err := decodedContent(&watched{r: f, ctx: ctx})
+	if err != nil {
+		return err
+	}
+	img.Encoding, img.Content = verify.EncodingZstd, content
+	return nil
+}
+
+// maxZstdWindow is what a device decodes with; a larger window would not fit small memories.
+const maxZstdWindow = 128 << 20
+
+func decodedContent(r io.Reader) (verify.Content, error) {
+	dec, err := zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxZstdWindow))
+	if err != nil {
+		return verify.Content{}, verify.Refuse(verify.CodeFormat, "decode the image: %w", err)
+	}
+	defer dec.Close()
+	h := sha256.New()
+	n, err := io.Copy(h, io.LimitReader(dec, verify.MaxImageSize+1))
+	if err != nil {
+		return verify.Content{}, verify.Refuse(verify.CodeFormat, "decode the image: %w", err)
+	}
+	if n > verify.MaxImageSize {
+		return verify.Content{}, verify.Refuse(verify.CodeSize, "decode the image: it has more than %d bytes", int64(verify.MaxImageSize))
+	}
+	return verify.Content{Size: n, SHA256: verify.Digest(h.Sum(nil))}, nil
+}
+
+// progress adds up what was read.
+type progress struct {
+	tell        func(done, total int64)
+	done, total int64
+}
+
+// watched stops reading when ctx ends and tells how far it is.
+type watched struct {
+	r   io.Reader
+	ctx context.Context
+	p   *progress
+}
+
+func (w *watched) Read(buf []byte) (int, error) {
+	if err := w.ctx.Err(); err != nil {
+		return 0, err
+	}
+	n, err := w.r.Read(buf)
+	if w.p != nil && w.p.tell != nil && n > 0 {
+		w.p.done += int64(n)
+		w.p.tell(w.p.done, w.p.total)
+	}
+	return n, err
+}
