@@ -131,7 +131,7 @@ func FuzzBootState(f *testing.F) {
 	for _, r := range []bootRecord{
 		{Phase: PhaseSettled, Booted: SlotA, Default: SlotA},
 		{Phase: PhaseArmed, Booted: SlotA, Default: SlotA, Trial: SlotB, Left: 3, BootID: "1"},
-		{Phase: PhaseTrial, Booted: SlotA, Default: SlotA, Trial: SlotB, Open: true},
+		{Phase: PhaseTrial, Booted: SlotB, Default: SlotA, Trial: SlotB, Open: true},
 	} {
 		data, err := seal(bootSchema, r)
 		if err != nil {

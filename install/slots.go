@@ -49,7 +49,7 @@ const (
 // State is what a Slots implementation observes; it is never cached.
 type State struct {
 	Phase   Phase                `json:"phase"`
-	Booted  SlotName             `json:"booted"`
+	Booted  SlotName             `json:"booted"` // on trial always Trial; differs from Default when settled until a trial given up has restarted
 	Default SlotName             `json:"default"`
 	Trial   SlotName             `json:"trial,omitempty"`  // set when armed or on trial
 	Left    int                  `json:"left,omitempty"`   // starts left before the old slot is taken again

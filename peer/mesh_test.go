@@ -10,14 +10,17 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
+
+	"go.uber.org/goleak"
 
 	"meshupd/discovery"
 	"meshupd/verify"
 )
 
-// testSite is a site of meshes whose documents are plain bytes: a head is
-// believed unless it says "forged" or "late".
+// testMesh is a mesh whose documents are plain bytes: a head is believed unless
+// it says "forged" or "late".
 type testMesh struct {
 	*Mesh
 	t       *testing.T
@@ -119,7 +122,7 @@ func (m *testMesh) sees(other *testMesh) {
 // until waits for a state of the mesh.
 func (m *testMesh) until(what string, cond func() bool) {
 	m.t.Helper()
-	deadline := time.After(30 * time.Second)
+	deadline := time.After(3 * time.Minute)
 	for !cond() {
 		select {
 		case <-m.changes:
@@ -264,5 +267,59 @@ func TestTwelveDevicesOnIPv6(t *testing.T) {
 	}
 	for _, m := range site {
 		m.until("the head is everywhere", func() bool { return m.holds(id) })
+	}
+}
+
+// A device that knows nothing but an address asks who is there.
+func TestSeedIsEnough(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		site := onLAN(t, newMemLAN(), "10.0.0.1", "10.0.0.2")
+		defer stopAll(site)
+		a, b := site[0], site[1]
+		a.hinted <- discovery.Hint{Addrs: b.Addrs(), Via: "seed"}
+		a.hinted <- discovery.Hint{Addrs: a.Addrs(), Via: "seed"} // a list for the whole site names this device, too
+		a.until("a found b", func() bool { return a.connectedTo(b.ID()) })
+		b.until("b found a", func() bool { return b.connectedTo(a.ID()) })
+	})
+}
+
+func TestRestartedDeviceIsHeardAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		lan := newMemLAN()
+		site := onLAN(t, lan, "10.0.0.1", "10.0.0.2")
+		a, b := site[0], site[1]
+		defer stopAll(site[:1])
+		b.Tell(DeviceStatus{Name: "b", State: "idle"})
+		a.sees(b)
+		a.until("b is known", func() bool { m, _ := a.member(b.ID()); return m.Status.State == "idle" })
+		b.stop()
+		a.until("b is gone", func() bool { return !a.connectedTo(b.ID()) })
+		again := newTestMesh(t, b.cfg.StateDir, func(c *MeshConfig) { c.LAN, c.Listen = b.cfg.LAN, b.cfg.Listen })
+		again.start()
+		defer again.stop()
+		if again.ID() != b.ID() {
+			t.Fatal("a restart made another device")
+		}
+		again.Tell(DeviceStatus{Name: "b", State: "confirmed"})
+		a.until("b is heard again", func() bool {
+			m, _ := a.member(b.ID())
+			return m.Connected && m.Status.State == "confirmed" && m.Status.Boot == 2
+		})
+	})
+}
+
+func TestNoGoroutinesStay(t *testing.T) {
+	before := goleak.IgnoreCurrent()
+	a, b := newTestMesh(t, t.TempDir(), nil), newTestMesh(t, t.TempDir(), nil)
+	a.start()
+	b.start()
+	a.sees(b)
+	a.until("a admits b", func() bool { return a.connectedTo(b.ID()) })
+	a.stop()
+	b.stop()
+	if err := goleak.Find(before,
+		goleak.IgnoreTopFunction("github.com/libp2p/go-libp2p-pubsub.(*PubSub).handleSendingMessages"), // ends with its stream's reset, which it may see late
+	); err != nil {
+		t.Error(err)
 	}
 }

@@ -120,6 +120,7 @@ func (t *transfer) receivedUseful(a *peerAddr, piece int, n int64) {
 
 func (t *transfer) pieceGood(i int) {
 	t.bytes.setPiece(i)
+	t.want.advance(t.bytes.prefix())
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for id, n := range t.counts.pending[i] {

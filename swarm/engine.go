@@ -12,7 +12,7 @@ import (
 
 	"github.com/anacrolix/torrent"
 	pp "github.com/anacrolix/torrent/peer_protocol"
-	infohash_v2 "github.com/anacrolix/torrent/types/infohash-v2"
+	"github.com/anacrolix/torrent/types/infohash"
 	"golang.org/x/time/rate"
 
 	"meshupd/verify"
@@ -29,8 +29,8 @@ type engine struct {
 	in       *listener
 
 	mu        sync.Mutex
-	transfers map[[20]byte]*transfer // by the short infohash of the handshake
-	dials     map[string]*peerAddr   // announced by connect, not yet dialled
+	transfers map[infohash.T]*transfer
+	dials     map[string]*peerAddr // announced by connect, not yet dialled
 	ids       map[netip.Addr]string
 	banned    map[string]bool
 	lastPort  uint16
@@ -68,7 +68,7 @@ func newEngine(cfg Config) (*engine, error) {
 	e := &engine{
 		cfg: cfg, down: limiter(cfg.DownLimit), up: limiter(cfg.UpLimit),
 		in:        newListener(cfg.Self),
-		transfers: map[[20]byte]*transfer{}, dials: map[string]*peerAddr{}, ids: map[netip.Addr]string{}, banned: map[string]bool{},
+		transfers: map[infohash.T]*transfer{}, dials: map[string]*peerAddr{}, ids: map[netip.Addr]string{}, banned: map[string]bool{},
 	}
 	cl, err := torrent.NewClient(e.clientConfig())
 	if err != nil {
@@ -105,6 +105,8 @@ func (e *engine) clientConfig() *torrent.ClientConfig {
 	c.HeaderObfuscationPolicy = torrent.HeaderObfuscationPolicy{RequirePreferred: true, Preferred: false}
 	c.DialRateLimiter = rate.NewLimiter(rate.Inf, 0)
 	c.NominalDialTimeout, c.MinDialTimeout = dialTimeout, dialTimeout
+	// Each torrent brings its storage; the default would make a database in the working directory.
+	c.DefaultStorage = noStorage{}
 	// The default counts pieces that nobody near has yet as unverified and then asks for nothing at all: a chain
 	// starves on images larger than the default.
 	c.MaxUnverifiedBytes = 0
@@ -161,24 +163,27 @@ func infoOf(g geometry) []byte {
 		len(name), name, g.size, len(g.root), g.root[:], len(name), name, g.length)
 }
 
-func infohashOf(g geometry) infohash_v2.T { return infohash_v2.HashBytes(infoOf(g)) }
-
-func shortHash(g geometry) [20]byte { h := infohashOf(g); return [20]byte(*h.ToShort()) }
+// infohashOf is the SHA-1 of the info dictionary, although the pieces are BEP 52
+// pieces and hashed with SHA-256. A connection that names the torrent by its
+// SHA-256 makes engine v1.62 look for missing piece hashes before every write,
+// which takes 40 % of a fast transfer; ours are all known. It is a mere name: what
+// is in the dictionary comes from the manifest, never from a peer.
+func infohashOf(g geometry) infohash.T { return infohash.HashBytes(infoOf(g)) }
 
 // add makes the image known to the engine. Incoming connections may arrive before it returns.
 func (e *engine) add(t *transfer) (*torrent.Torrent, error) {
-	short := shortHash(t.g)
+	name := infohashOf(t.g)
 	e.mu.Lock()
-	e.transfers[short] = t
+	e.transfers[name] = t
 	e.mu.Unlock()
 	spec := &torrent.TorrentSpec{AddTorrentOpts: torrent.AddTorrentOpts{
+		InfoHash:  name,
 		InfoBytes: infoOf(t.g),
 		Storage:   storageOf{t},
 		ChunkSize: pp.Integer(chunkSize(t.g.length)),
 		// What is complete is known from the bitmap; the engine need not find out.
 		DisableInitialPieceCheck: true,
 	}}
-	spec.InfoHashV2.Set(infohashOf(t.g))
 	if t.g.pieces() > 1 {
 		spec.PieceLayers = map[string]string{string(t.g.root[:]): layerOf(t.table)}
 	}
@@ -188,10 +193,6 @@ func (e *engine) add(t *transfer) (*torrent.Torrent, error) {
 		return nil, fmt.Errorf("add image %s to the torrent engine: %w", t.g.image, err)
 	}
 	tor.SetOnWriteChunkError(func(err error) { t.fail(err) })
-	// Readahead on all pieces is the one priority that means strict index order; Normal shuffles.
-	for i := range t.g.pieces() {
-		tor.Piece(i).SetPriority(torrent.PiecePriorityReadahead)
-	}
 	return tor, nil
 }
 
@@ -206,8 +207,8 @@ func layerOf(table *verify.PieceTable) string {
 func (e *engine) forget(t *transfer) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if short := shortHash(t.g); e.transfers[short] == t {
-		delete(e.transfers, short)
+	if name := infohashOf(t.g); e.transfers[name] == t {
+		delete(e.transfers, name)
 	}
 }
 
@@ -255,7 +256,7 @@ func (e *engine) onHandshake(pc *torrent.PeerConn, ih torrent.InfoHash) {
 		return
 	}
 	e.mu.Lock()
-	t := e.transfers[[20]byte(ih)]
+	t := e.transfers[ih]
 	e.ids[a.ip] = a.id
 	e.mu.Unlock()
 	if t == nil {

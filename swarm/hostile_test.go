@@ -12,7 +12,7 @@ import (
 
 // handshake is what an admitted device sends first, for the image's infohash.
 func handshake(p picture) []byte {
-	short := shortHash(geometryOf(p.img))
+	short := infohashOf(geometryOf(p.img))
 	out := append([]byte{19}, "BitTorrent protocol"...)
 	out = append(out, 0, 0, 0, 0, 0, 0x10, 0, 0x04)
 	out = append(out, short[:]...)

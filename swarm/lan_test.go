@@ -282,6 +282,7 @@ type town struct {
 	mu    sync.Mutex
 	alive map[string]*device
 	watch []chan struct{}
+	lag   time.Duration // how old a word is when it is heard; set before the first device
 }
 
 func newTown(tb testing.TB) *town {
@@ -316,6 +317,13 @@ func (w *town) gossip(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-w.kick:
+		}
+		if w.lag > 0 {
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(w.lag):
+			}
 		}
 		devices := w.list()
 		said := map[string][]Holding{}

@@ -2,6 +2,7 @@ package swarm
 
 import (
 	"context"
+	"errors"
 	"io"
 
 	g "github.com/anacrolix/generics"
@@ -21,6 +22,13 @@ func (s storageOf) OpenTorrent(context.Context, *metainfo.Info, metainfo.Hash) (
 		Piece:         piece,
 		PieceWithHash: func(p metainfo.Piece, _ g.Option[[]byte]) storage.PieceImpl { return piece(p) },
 	}, nil
+}
+
+// noStorage is for torrents that bring none; there are none.
+type noStorage struct{}
+
+func (noStorage) OpenTorrent(context.Context, *metainfo.Info, metainfo.Hash) (storage.TorrentImpl, error) {
+	return storage.TorrentImpl{}, errors.New("swarm: a torrent without storage")
 }
 
 // pieceOf is one piece of it.

@@ -4,6 +4,7 @@ import (
 	"log/slog"
 	"os"
 	"testing"
+	"time"
 )
 
 func TestFiveDevicesShareOneCopy(t *testing.T) {
@@ -244,4 +245,45 @@ func TestStopEndsServing(t *testing.T) {
 	d.start(p.img, p.table)
 	source.start(p.img, p.table)
 	w.allHave(p, d)
+}
+
+// No whole image is near, and what a parent has lies far behind the first lacking piece.
+func TestPiecesFarAheadAreTakenWhenThereAreNoOthers(t *testing.T) {
+	w := newTown(t)
+	p := newPicture(t, windowBytes+4<<20, 256<<10, 8)
+	dir := t.TempDir()
+	b := openTestBytes(t, openTestStore(t, dir), p)
+	last := b.g.pieces() - 1
+	fill(t, b, p, last-2, last-1, last)
+	if err := b.close(); err != nil {
+		t.Fatal(err)
+	}
+	a, d := w.add("has-the-end", dir), w.add("has-nothing", "")
+	a.start(p.img, p.table)
+	d.start(p.img, p.table)
+	w.until("the end is passed on", func() bool { return d.transfer(p).Done == 3*256<<10 })
+}
+
+// Words travel slowly, and the devices begin one after the other: each hears of
+// the importer before it hears of its neighbours.
+func TestAStaggeredStartStillTakesOneCopy(t *testing.T) {
+	w := newTown(t)
+	w.lag = 300 * time.Millisecond
+	p := newPicture(t, 16<<20, 64<<10, 9)
+	importer := w.add("importer", "", upLimit(8<<20))
+	w.seed(importer, p)
+	w.until("the importer offers it", func() bool { return len(importer.Holdings()) == 1 })
+	var devices []*device
+	for _, id := range names(5) {
+		d := w.add(id, "", upLimit(8<<20))
+		d.SetMembers([]Member{{ID: importer.id, Holdings: importer.Holdings()}})
+		d.start(p.img, p.table)
+		devices = append(devices, d)
+	}
+	w.allHave(p, devices...)
+	sent := sum(importer.transfer(p).Sent)
+	t.Logf("the importer sent %.3f copies", float64(sent)/float64(p.img.Size))
+	if sent >= p.img.Size*12/10 {
+		t.Errorf("the importer sent %d bytes for an image of %d", sent, p.img.Size)
+	}
 }

@@ -65,6 +65,7 @@ type transfer struct {
 	wake     chan struct{} // has room for one
 
 	bytes *bytesOf // set before the engine knows of the transfer, then constant
+	want  *window  // likewise
 
 	mu      sync.Mutex
 	opened  bool
@@ -178,6 +179,8 @@ func (t *transfer) serve(ctx context.Context, e *engine) (err error) {
 	defer t.hangUpAll()
 	defer tor.Drop()
 	defer e.forget(t)
+	t.want.open(tor)
+	t.want.advance(t.bytes.prefix())
 	if !t.isWhole() {
 		work.Go(func() { t.complete(workCtx, tor) })
 	}
@@ -199,6 +202,7 @@ func (t *transfer) serveEmpty(ctx context.Context) error {
 func (t *transfer) open(b *bytesOf) {
 	t.mu.Lock()
 	t.bytes, t.opened = b, true
+	t.want = &window{g: t.g}
 	_, t.whole = b.bytesVerified()
 	if t.whole {
 		t.claimed = true // rank 0: it was here from the start
@@ -339,6 +343,9 @@ func (t *transfer) claim(now time.Time, others site) bool {
 // starved, not dead: whoever is to blame is further up, and the child of that one moves.
 func (t *transfer) judge(now time.Time, others site) {
 	p, trying := t.watched()
+	if p != nil && !p.hungry.IsZero() && now.Sub(p.hungry) > stallAfter/3 {
+		t.want.all() // what it has may lie beyond the window
+	}
 	if trying != nil && now.Sub(trying.made) > connectPatience {
 		t.mu.Lock()
 		t.backOff(trying.id, now)

@@ -70,7 +70,7 @@ func (im *importer) run(ctx context.Context, path string) error {
 	}
 	rel := info.Release
 	im.sayf("  take    %s   %s %s", im.c.Clean(src.path), im.c.Clean(rel.Product), im.c.Clean(rel.Version))
-	im.sayf("Verify    signature good: %s, %s", im.c.Clean(rel.Signer), im.c.Clean(screen.Fingerprint(rel.SignerFpr)))
+	im.sayf("Verify    signature good: %s, %s", im.c.Clean(rel.Signer), screen.Fingerprint(rel.SignerFpr))
 	copied, err := im.copy(ctx, src, info)
 	if err == nil {
 		err = im.client.Commit(ctx, info.ID)

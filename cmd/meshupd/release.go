@@ -261,7 +261,7 @@ func newVerifyCmd(e *env) *cobra.Command {
 			fmt.Fprintf(e.Out, "good   %s %s, channel %s, line %d, seq %d   %s, %s\n", c.Clean(m.Product), c.Clean(m.Version),
 				c.Clean(m.Channel), m.Line, m.Seq, count(len(m.Images), "image"), screen.Bytes(imageBytes(m)))
 			for _, s := range rel.Signers() {
-				fmt.Fprintf(e.Out, "signed %s  %s\n", screen.Fingerprint(c.Clean(s.Fingerprint)), c.Clean(s.Name))
+				fmt.Fprintf(e.Out, "signed %s  %s\n", screen.Fingerprint(s.Fingerprint), c.Clean(s.Name))
 			}
 			return nil
 		},

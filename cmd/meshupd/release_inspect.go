@@ -72,7 +72,7 @@ func inspectScreen(c screen.Canvas, u *publish.UnverifiedRelease) string {
 		line("Signed", count(u.Signatures, "signature")+" by keys that are not in the file")
 	}
 	for _, s := range u.ClaimedSigners {
-		line("Signed", "says "+screen.Fingerprint(c.Clean(s.Fingerprint))+"  "+c.Clean(s.Name))
+		line("Signed", "says "+screen.Fingerprint(s.Fingerprint)+"  "+c.Clean(s.Name))
 	}
 	for _, img := range m.Images {
 		line("Image", imageLine(c, img))

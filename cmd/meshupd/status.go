@@ -82,6 +82,14 @@ func confirmed(st control.SiteStatus) int {
 	return n
 }
 
+// oneDevice is a device of a status, alone.
+type oneDevice struct {
+	Schema string `json:"schema"`
+	control.DeviceStatus
+}
+
+const deviceSchema = "meshupd.device/1"
+
 // statusView is one way to show a status.
 type statusView struct {
 	*env
@@ -106,7 +114,7 @@ func (v statusView) once(ctx context.Context, client *control.Client, st control
 	}
 	switch {
 	case v.json != "":
-		return v.printJSON(d, false)
+		return v.printJSON(oneDevice{deviceSchema, d}, false)
 	case v.plain:
 		return v.print(plainDevice(v.canvas(v.Out), d))
 	}
@@ -189,7 +197,7 @@ func (v statusView) watch(ctx context.Context, client *control.Client) error {
 			if err != nil {
 				return false, err
 			}
-			return false, v.printJSON(d, true)
+			return false, v.printJSON(oneDevice{deviceSchema, d}, true)
 		})
 	case v.live(v.Out) && !v.plain:
 		return follow(ctx, client, v.away, func(st control.SiteStatus) (bool, error) { return false, v.redraw(ctx, client, st) })

@@ -62,7 +62,7 @@ func sortOut(st control.SiteStatus) (needs, working, fine []control.DeviceStatus
 func siteHead(c screen.Canvas, st control.SiteStatus) string {
 	head := c.Flow("Site     ",
 		c.Clean(st.Site.ID),
-		fmt.Sprintf("%s, %d heard in the last 60 s", count(st.Site.Devices, "device"), st.Site.Heard),
+		fmt.Sprintf("%s, %d heard in 60 s", count(st.Site.Devices, "device"), st.Site.Heard),
 		"seen from "+c.Clean(st.Observer),
 		st.GeneratedAt.In(c.Location).Format("15:04:05"))
 	rel := st.Release
@@ -76,8 +76,8 @@ func siteHead(c screen.Canvas, st control.SiteStatus) string {
 	signed := ""
 	if rel.Signer != "" {
 		signed = "signed by " + c.Clean(rel.Signer)
-		if fpr := c.Clean(rel.SignerFpr); len(fpr) >= 8 {
-			signed += " (" + fpr[:4] + " " + fpr[4:8] + ")"
+		if fpr := screen.Fingerprint(rel.SignerFpr); len(rel.SignerFpr) >= 8 {
+			signed += " (" + fpr[:9] + ")"
 		}
 	}
 	from := ""
@@ -89,7 +89,7 @@ func siteHead(c screen.Canvas, st control.SiteStatus) string {
 	}
 	head += c.Flow("Release  ", line, signed, from)
 	done, total := confirmed(st), len(st.Devices)
-	bar := min(40, max(10, c.Width-40))
+	bar := min(40, max(10, c.Width-50))
 	head += c.Flow("Rollout  ", screen.Bar(int64(done), int64(total), bar), fmt.Sprintf("%d of %d confirmed", done, total), slowest(st))
 	return head + traffic(c, st.Bytes)
 }

@@ -161,7 +161,7 @@ func showTrust(e *env, info verify.TrustInfo) error {
 	fmt.Fprintf(e.Out, "Trust     document %d, root %s\n", info.Epoch, info.RootID.String()[:16])
 	fmt.Fprintf(e.Out, "Releases  %d of %s must sign\n", info.Threshold, count(len(info.Keys), "key"))
 	for _, k := range info.Keys {
-		fmt.Fprintf(e.Out, "  key     %s  %s\n", screen.Fingerprint(c.Clean(k.Fingerprint)), c.Clean(k.Name))
+		fmt.Fprintf(e.Out, "  key     %s  %s\n", screen.Fingerprint(k.Fingerprint), c.Clean(k.Name))
 	}
 	for _, k := range info.Keys {
 		if isDevelopment(k.Name) {

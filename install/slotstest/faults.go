@@ -11,12 +11,13 @@ import (
 
 // tale is one life of a device that the faults are put into.
 type tale struct {
-	name string
-	tell func(ctx context.Context, dev Device, known []update) error
+	name   string
+	before func(ctx context.Context, dev Device, known []update) error // without faults; may be nil
+	tell   func(ctx context.Context, dev Device, known []update) error
 }
 
 var tales = []tale{
-	{"confirmed", func(ctx context.Context, dev Device, known []update) error {
+	{"confirmed", nil, func(ctx context.Context, dev Device, known []update) error {
 		return first(
 			func() error { return known[0].write(ctx, dev) },
 			func() error { return dev.Try(ctx, install.SlotB) },
@@ -29,13 +30,15 @@ var tales = []tale{
 		return first(
 			func() error { return known[0].write(ctx, dev) },
 			func() error { return dev.Try(ctx, install.SlotB) },
+		)
+	}, func(ctx context.Context, dev Device, known []update) error {
+		return first(
 			func() error { return dev.Try(ctx, install.SlotA) },
 			func() error { return dev.Try(ctx, install.SlotB) },
 			func() error { return dev.Restart(ctx) },
 			func() error { return dev.Fallback(ctx) },
 			func() error { return dev.Restart(ctx) },
 			func() error { return dev.Forget(ctx) },
-			func() error { return known[1].write(ctx, dev) },
 		)
 	}},
 }
@@ -82,6 +85,9 @@ func (tale tale) steps(t *testing.T, w *world) []string {
 
 // run returns the device too, unless it did not open.
 func (tale tale) run(t *testing.T, w *world, f fault, seen *[]string) (Device, error) {
+	if tale.before != nil {
+		must(t, "before the faults", tale.before(t.Context(), w.open(t), w.known))
+	}
 	dev, err := w.h.Open(w.power, f.step(seen))
 	if err != nil {
 		return nil, err

@@ -42,7 +42,7 @@ func newUpdate(t *testing.T, vendor *verifytest.Vendor, seq, n int) update {
 	var images []verifytest.Image
 	for i := range n {
 		name := imageName(i)
-		u.contents[name] = content(byte(16*seq+i), 20_000+1000*i+seq)
+		u.contents[name] = content(byte(16*seq+i), 5000+1000*i+seq)
 		u.distributed[name] = u.contents[name]
 		if i%2 == 0 {
 			u.distributed[name] = compress(t, u.contents[name])

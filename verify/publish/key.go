@@ -186,7 +186,13 @@ func (k *SecretKey) SecretArmored() ([]byte, error) {
 // DetachSign makes one binary detached signature over data, dated at, and
 // refuses (E-KEY) when a device would not count it.
 func (k *SecretKey) DetachSign(data []byte, at time.Time) ([]byte, error) {
-	config := &packet.Config{DefaultHash: crypto.SHA256, Time: func() time.Time { return at }}
+	// The library's random salt would give the same release other bytes at each signing.
+	salted := false
+	config := &packet.Config{
+		DefaultHash:                           crypto.SHA256,
+		Time:                                  func() time.Time { return at },
+		NonDeterministicSignaturesViaNotation: &salted,
+	}
 	var out bytes.Buffer
 	if err := openpgp.DetachSign(&out, []*openpgp.Entity{k.entity}, bytes.NewReader(data), config); err != nil {
 		return nil, verify.Refuse(verify.CodeKey, "sign with %s: %w", k.Name(), err)

@@ -129,8 +129,6 @@ func (s *Server) routes() http.Handler {
 	mux := http.NewServeMux()
 	handle := func(pattern string, h func(http.ResponseWriter, *http.Request) error) {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
-			// A slow reader of the answer is cut; a body has its own clock, see bodyReader.
-			_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(longPoll + answerTimeout))
 			if err := h(w, r); err != nil {
 				s.refuse(w, r, err)
 			}
@@ -252,13 +250,19 @@ func parseHistory(q url.Values) (device string, limit int, err error) {
 	return device, limit, nil
 }
 
+// takeAnswer gives the caller its time to take the answer, however long that took to find.
+func takeAnswer(w http.ResponseWriter) {
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(answerTimeout))
+	w.Header().Set("Content-Type", "application/json")
+}
+
 // answer writes v as JSON, and never half of it.
 func answer(w http.ResponseWriter, v any) error {
 	body, err := json.Marshal(v)
 	if err != nil {
 		return fmt.Errorf("write the answer: %w", err)
 	}
-	w.Header().Set("Content-Type", "application/json")
+	takeAnswer(w)
 	_, _ = w.Write(append(body, '\n'))
 	return nil
 }
@@ -274,7 +278,7 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 		body.Error.NeedBytes = refusal.NeedBytes
 	}
 	s.cfg.Log.Debug("call refused", "method", r.Method, "path", r.URL.Path, "code", body.Error.Code, "err", err)
-	w.Header().Set("Content-Type", "application/json")
+	takeAnswer(w)
 	w.WriteHeader(httpStatus(body.Error.Code))
 	_ = json.NewEncoder(w).Encode(body)
 }
@@ -312,6 +316,5 @@ type bodyReader struct {
 
 func (b *bodyReader) Read(p []byte) (int, error) {
 	_ = b.ctl.SetReadDeadline(time.Now().Add(b.idle))
-	_ = b.ctl.SetWriteDeadline(time.Now().Add(b.idle + answerTimeout))
 	return b.body.Read(p)
 }

@@ -96,8 +96,12 @@ func Bar(done, size int64, width int) string {
 	return "[" + strings.Repeat("#", n) + strings.Repeat("-", width-n) + "]"
 }
 
-// Fingerprint groups hex digits by four.
+// Fingerprint groups hex digits by four. What is not hex is no fingerprint, and
+// is not shown: cutting other text apart could also cut its escapes.
 func Fingerprint(s string) string {
+	if len(s) > 64 || strings.Trim(s, "0123456789ABCDEFabcdef") != "" {
+		return "(no fingerprint)"
+	}
 	var parts []string
 	for len(s) > 4 {
 		parts, s = append(parts, s[:4]), s[4:]
