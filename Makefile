@@ -45,7 +45,7 @@ fuzz: ## every fuzz target for FUZZTIME
 	packaging/fuzz.sh $(FUZZTIME)
 
 bench: build ## the figures of the README, as ratios in one run; needs network namespaces
-	$(GO) test -run '^$$$$' -bench . -benchtime 1x -timeout 60m ./cmd/meshupd/internal/lab
+	$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 60m ./cmd/meshupd/internal/lab
 
 licences: ## licences of everything that is linked in
 	$(TOOL) go-licenses report ./cmd/meshupd --ignore meshupd --ignore github.com/anacrolix/go-utp 2>/dev/null

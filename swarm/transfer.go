@@ -387,7 +387,7 @@ func (t *transfer) judge(now time.Time, others site) {
 	if t.suspects[p.addr.id].is == stalled {
 		return // nobody better was found
 	}
-	t.s.cfg.Log.Info("parent stalls", "image", t.g.image, "parent", p.addr.id)
+	t.s.cfg.Log.Info("parent stalls", "image", t.g.image, "parent", p.addr.id, "has", has)
 	t.suspects[p.addr.id] = suspicion{stalled, now.Add(suspectStalled)}
 }
 

@@ -5,6 +5,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/ProtonMail/go-crypto/openpgp/packet"
 	openpgp "github.com/ProtonMail/go-crypto/openpgp/v2"
@@ -143,8 +144,12 @@ func TestSharedSubkeyCountsOnce(t *testing.T) {
 	if err := a.AddSigningSubkey(&packet.Config{Algorithm: packet.PubKeyAlgoEdDSA}); err != nil {
 		t.Fatal(err)
 	}
-	shared := openpgp.Subkey{Primary: b, PublicKey: a.Subkeys[0].PublicKey, PrivateKey: a.Subkeys[0].PrivateKey}
-	shared.Bindings = []*packet.VerifiableSignature{packet.NewVerifiableSig(bind(t, b, a.Subkeys[0]))}
+	// Another creation date gives it another fingerprint, which hides that it is the same.
+	secret := packet.NewSignerPrivateKey(a.PrimaryKey.CreationTime.Add(-time.Hour), a.Subkeys[0].PrivateKey.PrivateKey)
+	secret.IsSubkey = true
+	shared := openpgp.Subkey{Primary: b, PublicKey: &secret.PublicKey, PrivateKey: secret}
+	shared.Bindings = a.Subkeys[0].Bindings // for their date
+	shared.Bindings = []*packet.VerifiableSignature{packet.NewVerifiableSig(bind(t, b, shared))}
 	b.Subkeys = []openpgp.Subkey{shared}
 	ring := keyring{threshold: 2}
 	var sigs []byte

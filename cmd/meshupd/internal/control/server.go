@@ -129,6 +129,8 @@ func (s *Server) routes() http.Handler {
 	mux := http.NewServeMux()
 	handle := func(pattern string, h func(http.ResponseWriter, *http.Request) error) {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+			// The deadline of the answer before this one on the same connection is over.
+			_ = http.NewResponseController(w).SetWriteDeadline(time.Time{})
 			if err := h(w, r); err != nil {
 				s.refuse(w, r, err)
 			}
