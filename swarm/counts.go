@@ -112,6 +112,9 @@ func (t *transfer) receivedUseful(a *peerAddr, piece int, n int64) {
 	}
 	if first {
 		delete(t.retries, a.id)
+		if t.suspects[a.id].is == doubtful {
+			delete(t.suspects, a.id)
+		}
 	}
 	l.useful = now
 }

@@ -249,7 +249,6 @@ func TestStopEndsServing(t *testing.T) {
 
 // No whole image is near, and what a parent has lies far behind the first lacking piece.
 func TestPiecesFarAheadAreTakenWhenThereAreNoOthers(t *testing.T) {
-	w := newTown(t)
 	p := newPicture(t, windowBytes+4<<20, 256<<10, 8)
 	dir := t.TempDir()
 	b := openTestBytes(t, openTestStore(t, dir), p)
@@ -258,10 +257,17 @@ func TestPiecesFarAheadAreTakenWhenThereAreNoOthers(t *testing.T) {
 	if err := b.close(); err != nil {
 		t.Fatal(err)
 	}
-	a, d := w.add("has-the-end", dir), w.add("has-nothing", "")
-	a.start(p.img, p.table)
-	d.start(p.img, p.table)
-	w.until("the end is passed on", func() bool { return d.transfer(p).Done == 3*256<<10 })
+	for _, ids := range [][2]string{{"a", "b"}, {"b", "a"}} { // whoever is first in the order
+		w := newTown(t)
+		partial := t.TempDir()
+		if err := os.CopyFS(partial, os.DirFS(dir)); err != nil {
+			t.Fatal(err)
+		}
+		a, d := w.add(ids[0], partial), w.add(ids[1], "")
+		a.start(p.img, p.table)
+		d.start(p.img, p.table)
+		w.until("the end is passed on", func() bool { return d.transfer(p).Done == 3*256<<10 })
+	}
 }
 
 // Words travel slowly, and the devices begin one after the other: each hears of

@@ -3,6 +3,7 @@ package swarm
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"time"
 
@@ -78,6 +79,7 @@ type transfer struct {
 	parent  *link // whom the image is taken from
 	former  *link // the one before, until the new one has sent a piece
 	trying  *peerAddr
+	leaving []*peerAddr // to be hung up by steer
 	counts  counts
 
 	suspects map[string]suspicion
@@ -343,9 +345,7 @@ func (t *transfer) claim(now time.Time, others site) bool {
 // starved, not dead: whoever is to blame is further up, and the child of that one moves.
 func (t *transfer) judge(now time.Time, others site) {
 	p, trying := t.watched()
-	if p != nil && !p.hungry.IsZero() && now.Sub(p.hungry) > stallAfter/3 {
-		t.want.all() // what it has may lie beyond the window
-	}
+	t.widen(now)
 	if trying != nil && now.Sub(trying.made) > connectPatience {
 		t.mu.Lock()
 		t.backOff(trying.id, now)
@@ -389,6 +389,22 @@ func (t *transfer) judge(now time.Time, others site) {
 	}
 	t.s.cfg.Log.Info("parent stalls", "image", t.g.image, "parent", p.addr.id, "has", has)
 	t.suspects[p.addr.id] = suspicion{stalled, now.Add(suspectStalled)}
+}
+
+// widen wants all pieces when nothing comes although someone, parent or child,
+// has what is lacking: it may lie beyond the window.
+func (t *transfer) widen(now time.Time) {
+	var idle []*torrent.PeerConn
+	t.mu.Lock()
+	if !t.whole && now.Sub(t.counts.moved) > stallAfter/3 {
+		for _, l := range t.links {
+			idle = append(idle, l.pc)
+		}
+	}
+	t.mu.Unlock()
+	if slices.ContainsFunc(idle, t.hasLacking) {
+		t.want.all()
+	}
 }
 
 // lastUseful is when the link last brought something, or began.
@@ -445,6 +461,7 @@ func (t *transfer) wanted(now time.Time, others site) string {
 func (t *transfer) align(now time.Time, want string) (hangUp []*peerAddr, dial bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	hangUp, t.leaving = t.leaving, nil
 	if t.trying != nil && (t.trying.id != want || now.Sub(t.trying.made) > connectPatience) {
 		hangUp = append(hangUp, t.trying)
 		t.trying = nil
@@ -500,15 +517,12 @@ func (t *transfer) backOff(id string, now time.Time) {
 	wait := min(firstRetry<<min(t.retries[id], 8), longestRetry)
 	t.retries[id]++
 	t.retryAt[id] = now.Add(wait)
-	t.doubt(id, now.Add(max(wait, suspectLost)))
+	t.doubt(id, now.Add(wait))
 }
 
 // added takes in a connection that the engine has made, or refuses it. The client's lock is held.
 func (t *transfer) added(a *peerAddr, pc *torrent.PeerConn) bool {
-	var others site
-	if a.incoming() {
-		others = t.s.siteOf(t.g.image)
-	}
+	others := t.s.siteOf(t.g.image)
 	now := time.Now()
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -527,6 +541,13 @@ func (t *transfer) added(a *peerAddr, pc *torrent.PeerConn) bool {
 	t.trying = nil
 	t.links[a] = l
 	t.former, t.parent = t.parent, l // align has let go of an earlier former
+	if f := t.former; f != nil {
+		if r, ok := others.find(f.addr.id); ok && r.complete {
+			// The upload of a complete device is what the site has least of; the new parent is there for the rest.
+			t.former = nil
+			t.leaving = append(t.leaving, t.letGo(f))
+		}
+	}
 	t.s.cfg.Log.Debug("take from a new parent", "image", t.g.image, "parent", a.id)
 	return true
 }

@@ -114,7 +114,6 @@ func entityName(e *openpgp.Entity) string {
 // signaturePacket is one parsed signature; foreign says that the library cannot
 // read it, which makes it a signature of a key that nobody here can pin.
 type signaturePacket struct {
-	raw     []byte
 	sig     *packet.Signature
 	foreign bool
 }
@@ -152,12 +151,12 @@ func readSignature(raw []byte) (s signaturePacket, err error) {
 	p, err := packet.Read(r)
 	sig, ok := p.(*packet.Signature)
 	if err != nil || !ok {
-		return signaturePacket{raw: raw, foreign: true}, nil
+		return signaturePacket{foreign: true}, nil
 	}
 	if r.Len() != 0 {
 		return s, Refuse(CodeFormat, "the signature has bytes after its end")
 	}
-	return signaturePacket{raw: raw, sig: sig}, nil
+	return signaturePacket{sig: sig}, nil
 }
 
 // issuedBy finds the key of the certificate that a signature names, or nil.
@@ -221,7 +220,7 @@ func checkProfile(key *packet.PublicKey, sig *packet.Signature) error {
 		return Refuse(CodeSigProfile, "the signature uses %v, not SHA-256 or better", sig.Hash)
 	}
 	for _, n := range sig.Notations {
-		if false {
+		if n.IsCritical {
 			return Refuse(CodeSigProfile, "the signature has the critical notation %q", clip(n.Name))
 		}
 	}
@@ -301,7 +300,7 @@ func material(key *packet.PublicKey) (d Digest, err error) {
 		return d, Refuse(CodeFormat, "read the certificate: %w", err)
 	}
 	raw := buf.Bytes()
-	_, _, body, err := cutHeader(raw)
+	body, err := packetBody(raw)
 	if err != nil {
 		return d, err
 	}
@@ -322,18 +321,20 @@ func material(key *packet.PublicKey) (d Digest, err error) {
 	return sha256.Sum256(fmt.Appendf(nil, "%d %s", key.PubKeyAlgo, body)), nil
 }
 
-func cutHeader(raw []byte) (tag, size int, body []byte, err error) {
-	tag, size, err = packetHeader(raw, "the certificate")
+// packetBody is one packet that the library wrote, without its header.
+func packetBody(raw []byte) ([]byte, error) {
+	const what = "the certificate"
+	_, size, err := packetHeader(raw, what)
 	if err != nil {
-		return 0, 0, nil, err
+		return nil, err
 	}
 	var header int
 	if raw[0]&0x40 != 0 {
-		header, _, err = presentLength(raw[1:], "the certificate")
+		header, _, err = presentLength(raw[1:], what)
 	} else {
-		header, _, err = legacyLength(raw[1:], int(raw[0]&3), "the certificate")
+		header, _, err = legacyLength(raw[1:], int(raw[0]&3), what)
 	}
-	return tag, size, raw[1+header : size], err
+	return raw[1+header : size], err
 }
 
 // guard turns a panic of the OpenPGP library into a refusal: it parses hostile

@@ -111,20 +111,6 @@ func (c trustChain) provenTime() time.Time {
 	return p
 }
 
-// cert finds the bytes of a certificate that the chain pins, or nil.
-func (c trustChain) cert(d Digest) []byte {
-	for _, t := range c {
-		for _, ring := range []keyring{t.root, t.release} {
-			for _, cert := range ring.certs {
-				if cert.Digest() == d {
-					return cert.raw
-				}
-			}
-		}
-	}
-	return nil
-}
-
 // certs lists the certificates that the chain pins, by digest.
 func (c trustChain) certs() map[Digest][]byte {
 	out := map[Digest][]byte{}

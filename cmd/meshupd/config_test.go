@@ -112,23 +112,6 @@ func TestLoadConfigBoundsTheFile(t *testing.T) {
 	}
 }
 
-func FuzzConfig(f *testing.F) {
-	f.Add(sixLines)
-	f.Add("[mesh]\nport = \"x\"\n")
-	f.Add("a.b.c = 1\n[[slots]]\n")
-	f.Add("[slots\n\xff")
-	f.Add("product = \"\"\"\nx")
-	f.Fuzz(func(t *testing.T, text string) {
-		cfg, err := parseConfig([]configFile{{"f.toml", []byte(text)}})
-		if err != nil && verify.CodeOf(err) != verify.CodeConfig {
-			t.Errorf("an error without its code: %v", err)
-		}
-		if err == nil && cfg.Validate() != nil {
-			t.Error("a config that does not validate was returned")
-		}
-	})
-}
-
 func TestUnitsReadBackWhatTheyWrite(t *testing.T) {
 	for _, n := range []Size{0, 1, 1023, 1024, 64 << 20, 3 << 40, 1<<40 + 1} {
 		text, _ := n.MarshalText()

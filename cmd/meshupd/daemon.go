@@ -58,7 +58,7 @@ func runDaemon(ctx context.Context, cfg Config, log *slog.Logger) error {
 	g.Go(func() error { return server.Serve(ctx, ln) })
 	g.Go(func() error { return writeState(ctx, node, filepath.Join(cfg.Run, "state")) })
 	g.Go(func() error { return notifySystemd(ctx) })
-	log.Info("started", "name", cfg.Name, "product", cfg.Product, "id", node.ID(), "socket", cfg.Socket(), "listen", fmt.Sprint(node.Addrs()))
+	log.Info("started", "name", cfg.Name, "product", cfg.Product, "id", node.ID(), "socket", cfg.Socket())
 	err = g.Wait()
 	if errors.Is(err, context.Canceled) {
 		err = nil

@@ -64,8 +64,8 @@ func coldStart(b *testing.B, n int, size, rate int64) {
 	}
 	began := time.Now()
 	ends := whenHeld(b, ctx, l.Devices[1:], image)
-	last := slices.Max(ends).Sub(began)
-	first := slices.Min(ends).Sub(began)
+	last := slices.MaxFunc(ends, time.Time.Compare).Sub(began)
+	first := slices.MinFunc(ends, time.Time.Compare).Sub(began)
 	txAfter, _, err := l.Devices[0].Node.Counters()
 	if err != nil {
 		b.Fatal(err)
