@@ -81,6 +81,9 @@ type MeshConfig struct {
 	Group    verify.Digest    // trust root of the product: devices of another product are not neighbours
 	SiteKey  []byte           // optional shared secret of at least 16 bytes; nil: same Group is enough
 	Listen   []netip.AddrPort // addresses to bind; port 0 picks one
+	// ListenNow, if not nil, is asked instead of Listen, again and again: a
+	// device starts before its network does, and addresses come and go.
+	ListenNow func() []netip.AddrPort
 	Finders  func(discovery.Advert) []Finder
 	LAN      LAN // nil: the machine's TCP
 	Log      *slog.Logger
@@ -179,7 +182,7 @@ func (m *Mesh) Run(ctx context.Context) (err error) {
 	if err := m.docs.start(ctx, h); err != nil {
 		return err
 	}
-	if err := h.listen(m.cfg.Listen, m.log); err != nil {
+	if err := m.listen(ctx, h); err != nil {
 		return err
 	}
 	m.host = h
@@ -191,6 +194,7 @@ func (m *Mesh) Run(ctx context.Context) (err error) {
 	g.Go(func() error { return m.dialler.run(all, h) })
 	g.Go(func() error { return m.teller.run(all) })
 	g.Go(func() error { return m.docs.run(all, h) })
+	g.Go(func() error { return m.followAddrs(all, h) })
 	for _, f := range m.finders() {
 		g.Go(func() error {
 			// One way of finding devices may fail, the others and the mesh go on.

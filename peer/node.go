@@ -39,6 +39,7 @@ type Config struct {
 
 	SiteKey            []byte
 	Listen             []netip.AddrPort
+	ListenNow          func() []netip.AddrPort // see MeshConfig
 	Finders            func(discovery.Advert) []Finder
 	LAN                LAN
 	MaxPeers           int
@@ -159,7 +160,7 @@ func (n *Node) loadReleases() error {
 func (n *Node) openSite() (err error) {
 	n.mesh, err = NewMesh(MeshConfig{
 		StateDir: n.cfg.StateDir, Group: n.door.Trust().RootID, SiteKey: n.cfg.SiteKey,
-		Listen: n.cfg.Listen, Finders: n.cfg.Finders, LAN: n.cfg.LAN, MaxPeers: n.cfg.MaxPeers, Log: n.log,
+		Listen: n.cfg.Listen, ListenNow: n.cfg.ListenNow, Finders: n.cfg.Finders, LAN: n.cfg.LAN, MaxPeers: n.cfg.MaxPeers, Log: n.log,
 		CheckHead: n.hearHead, Heads: n.heads, Head: n.head, Changed: n.poke,
 	})
 	if err != nil {

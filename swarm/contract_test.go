@@ -14,6 +14,7 @@ import (
 
 // A release that went through the door: stored, offered, fetched, kept, dropped.
 func TestAReleaseFromTheStickToANeighbour(t *testing.T) {
+	t.Parallel()
 	vendor := verifytest.NewVendor(t, "edge")
 	rel, data := vendor.Verified(t, verifytest.Opts{})
 	img := rel.Manifest().Images[0]
@@ -70,6 +71,7 @@ func TestAReleaseFromTheStickToANeighbour(t *testing.T) {
 
 // An import finishes while the same image is being fetched.
 func TestAnImageThatArrivesByOtherMeansIsServed(t *testing.T) {
+	t.Parallel()
 	vendor := verifytest.NewVendor(t, "edge")
 	rel, data := vendor.Verified(t, verifytest.Opts{})
 	img := rel.Manifest().Images[0]
@@ -89,6 +91,7 @@ func TestAnImageThatArrivesByOtherMeansIsServed(t *testing.T) {
 }
 
 func TestChangedIsNotCalledTooOften(t *testing.T) {
+	t.Parallel()
 	w := newTown(t)
 	p := newPicture(t, 6<<20, 64<<10, 50)
 	var calls atomic.Int64
@@ -108,6 +111,7 @@ func TestChangedIsNotCalledTooOften(t *testing.T) {
 }
 
 func TestRatesAreMeasuredOverTheWindow(t *testing.T) {
+	t.Parallel()
 	c := newCounts()
 	now := time.Now()
 	for range 40 {

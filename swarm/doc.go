@@ -6,4 +6,9 @@
 // a neighbour, and the whole image's SHA-256 is checked before it counts as held.
 // swarm does not know who may be a neighbour: it dials and accepts through a
 // Network that has already admitted them.
+//
+// Bytes on disk: store.go (whole images and heads), partial.go and bitmap.go
+// (images on their way), space.go. On the wire: swarm.go (what a device fetches
+// and serves), transfer.go (one image: whom to take it from, when to look
+// elsewhere), engine.go, storage.go, window.go and conns.go (the engine below).
 package swarm

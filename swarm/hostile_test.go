@@ -69,6 +69,7 @@ func hostile(p picture) map[string][]byte {
 }
 
 func TestHostileStreamsNeitherCrashNorStop(t *testing.T) {
+	t.Parallel()
 	w := newTown(t)
 	p := newPicture(t, 1<<20, 64<<10, 30)
 	source := w.add("source", "")
@@ -101,6 +102,7 @@ func TestHostileStreamsNeitherCrashNorStop(t *testing.T) {
 // What no device of ours sends ends the connection: the engine would answer some
 // of it at length and queue the answers without bound.
 func TestForeignMessagesEndTheConnection(t *testing.T) {
+	t.Parallel()
 	w := newTown(t)
 	p := newPicture(t, 1<<20, 64<<10, 31)
 	source := w.add("source", "")
@@ -126,6 +128,7 @@ func TestForeignMessagesEndTheConnection(t *testing.T) {
 
 // A peer that asks and asks and never reads is cut off before its answers fill the memory.
 func TestAPeerThatNeverReadsIsCutOff(t *testing.T) {
+	t.Parallel()
 	l := newLAN()
 	a, b := newPipe(l.join("a"), l.join("b"))
 	addr := &peerAddr{id: "b", ip: ipOf("b"), port: 1}
@@ -163,6 +166,7 @@ func TestAPeerThatNeverReadsIsCutOff(t *testing.T) {
 }
 
 func TestSyntheticAddressesAreUniqueLocalAndSteady(t *testing.T) {
+	t.Parallel()
 	a, b := ipOf("12D3KooWa"), ipOf("12D3KooWb")
 	if a == b || a != ipOf("12D3KooWa") || !a.IsPrivate() || !a.Is6() {
 		t.Errorf("%v %v", a, b)

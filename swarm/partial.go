@@ -78,6 +78,13 @@ func (s *Store) openBytes(ctx context.Context, img verify.Image, table *verify.P
 	return b, nil
 }
 
+// overtaken says that the image became whole by Put while its .part file is still in use.
+func (s *Store) overtaken(d verify.Digest) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.hasLocked(d) && s.open[d] != nil
+}
+
 func (b *bytesOf) openWhole() error {
 	f, err := b.store.openWhole(b.g.image)
 	if err != nil {

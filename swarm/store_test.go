@@ -38,6 +38,7 @@ func files(t *testing.T, s *Store) (names []string) {
 }
 
 func TestPutRefusesAndLeavesNothing(t *testing.T) {
+	t.Parallel()
 	p := newPicture(t, 300<<10, 64<<10, 1)
 	wrong := bytes.Clone(p.data)
 	wrong[7777] ^= 1
@@ -64,6 +65,7 @@ func TestPutRefusesAndLeavesNothing(t *testing.T) {
 }
 
 func TestPutStoresOnceAndReadsBack(t *testing.T) {
+	t.Parallel()
 	p := newPicture(t, 300<<10, 64<<10, 2)
 	s := openTestStore(t, t.TempDir())
 	var last int64
@@ -91,6 +93,7 @@ func TestPutStoresOnceAndReadsBack(t *testing.T) {
 }
 
 func TestSpaceIsRefusedBeforeTheFirstByte(t *testing.T) {
+	t.Parallel()
 	p, q := newPicture(t, 1<<20, 64<<10, 3), newPicture(t, 1<<20, 64<<10, 4)
 	s := openTestStore(t, t.TempDir())
 	s.cfg.Reserve = 1 << 20
@@ -119,6 +122,7 @@ func TestSpaceIsRefusedBeforeTheFirstByte(t *testing.T) {
 }
 
 func TestPutOnAFullDisk(t *testing.T) {
+	t.Parallel()
 	p := newPicture(t, 1<<20, 64<<10, 5)
 	for _, c := range []struct {
 		err  error
@@ -173,6 +177,7 @@ func openTestBytes(t *testing.T, s *Store, p picture) *bytesOf {
 // and opened again: no piece that the bitmap claims may be lost, nothing that is
 // not right may be trusted.
 func TestACutBetweenAnyTwoStepsLosesNothingThatWasClaimed(t *testing.T) {
+	t.Parallel()
 	p := newPicture(t, 640<<10, 64<<10, 6)
 	s := openTestStore(t, t.TempDir())
 	type cut struct {
@@ -235,6 +240,7 @@ func TestACutBetweenAnyTwoStepsLosesNothingThatWasClaimed(t *testing.T) {
 }
 
 func TestADamagedBitmapIsDroppedAndThePiecesHashed(t *testing.T) {
+	t.Parallel()
 	p := newPicture(t, 640<<10, 64<<10, 7)
 	s := openTestStore(t, t.TempDir())
 	b := openTestBytes(t, s, p)
@@ -264,6 +270,7 @@ func TestADamagedBitmapIsDroppedAndThePiecesHashed(t *testing.T) {
 }
 
 func TestABitmapOfAnotherCutIsNotBelieved(t *testing.T) {
+	t.Parallel()
 	p := newPicture(t, 640<<10, 64<<10, 8)
 	s := openTestStore(t, t.TempDir())
 	b := openTestBytes(t, s, p)
@@ -280,6 +287,7 @@ func TestABitmapOfAnotherCutIsNotBelieved(t *testing.T) {
 }
 
 func TestBytesThatDecayedAfterTheirCheckAreFetchedAgain(t *testing.T) {
+	t.Parallel()
 	p := newPicture(t, 640<<10, 64<<10, 9)
 	s := openTestStore(t, t.TempDir())
 	b := openTestBytes(t, s, p)
@@ -303,6 +311,7 @@ func TestBytesThatDecayedAfterTheirCheckAreFetchedAgain(t *testing.T) {
 }
 
 func TestAManifestThatContradictsItselfIsRefusedAtTheEnd(t *testing.T) {
+	t.Parallel()
 	p := newPicture(t, 640<<10, 64<<10, 10)
 	p.img.SHA256[0] ^= 1
 	s := openTestStore(t, t.TempDir())
@@ -321,6 +330,7 @@ func TestAManifestThatContradictsItselfIsRefusedAtTheEnd(t *testing.T) {
 }
 
 func TestStoreSweepsLeftovers(t *testing.T) {
+	t.Parallel()
 	p := newPicture(t, 100<<10, 64<<10, 11)
 	s := openTestStore(t, t.TempDir())
 	name := p.img.SHA256.String()
@@ -336,6 +346,7 @@ func TestStoreSweepsLeftovers(t *testing.T) {
 }
 
 func TestATransferStopsOnADiskErrorAndTheRestGoesOn(t *testing.T) {
+	t.Parallel()
 	w := newTown(t)
 	p, q := newPicture(t, 2<<20, 64<<10, 12), newPicture(t, 2<<20, 64<<10, 13)
 	source, d := w.add("source", ""), w.add("fetcher", "")

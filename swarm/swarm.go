@@ -179,13 +179,15 @@ const retryAfter = 5 * time.Second
 func (s *Swarm) start(img verify.Image, table *verify.PieceTable) {
 	s.mu.Lock()
 	old := s.transfers[img.SHA256]
-	if old != nil && !old.outdated(s.cfg.Store.Has(img.SHA256)) {
+	if old != nil && !old.outdated() {
 		s.mu.Unlock()
 		return
 	}
 	prev := s.ending[img.SHA256]
 	if old != nil {
-		prev = old
+		if prev = old.prev; old.started {
+			prev = old
+		}
 		old.stop()
 	}
 	s.transfers[img.SHA256] = newTransfer(s, img, table, prev)
@@ -202,6 +204,8 @@ func (s *Swarm) Stop(d verify.Digest) {
 		delete(s.transfers, d)
 		if t.started {
 			s.ending[d] = t
+		} else if t.prev != nil {
+			s.ending[d] = t.prev
 		}
 		t.stop()
 	}

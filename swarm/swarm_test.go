@@ -8,6 +8,7 @@ import (
 )
 
 func TestFiveDevicesShareOneCopy(t *testing.T) {
+	t.Parallel()
 	w := newTown(t)
 	p := newPicture(t, 8<<20+12345, 64<<10, 1)
 	var devices []*device
@@ -37,6 +38,7 @@ func TestFiveDevicesShareOneCopy(t *testing.T) {
 }
 
 func TestADeviceInTheMiddleIsKilled(t *testing.T) {
+	t.Parallel()
 	w := newTown(t)
 	p := newPicture(t, 12<<20, 64<<10, 2)
 	var devices []*device
@@ -73,6 +75,7 @@ func TestADeviceInTheMiddleIsKilled(t *testing.T) {
 }
 
 func TestACorruptSenderIsRefusedAndTheOthersGoOn(t *testing.T) {
+	t.Parallel()
 	w := newTown(t)
 	p := newPicture(t, 6<<20, 64<<10, 3)
 	good, bad := w.add("good", ""), w.add("bad", "")
@@ -85,9 +88,8 @@ func TestACorruptSenderIsRefusedAndTheOthersGoOn(t *testing.T) {
 	}
 	w.allHave(p, fetchers...)
 	for _, d := range fetchers {
-		close(d.bad)
-		for id := range d.bad {
-			if id != bad.id {
+		for range len(d.bad) {
+			if id := <-d.bad; id != bad.id {
 				t.Errorf("%s blames %s", d.id, id)
 			}
 		}
@@ -121,6 +123,7 @@ func rot(t *testing.T, path string, size int64) {
 }
 
 func TestTheOnlyCorruptSenderIsNamedOnce(t *testing.T) {
+	t.Parallel()
 	w := newTown(t)
 	p := newPicture(t, 1<<20, 64<<10, 4)
 	bad, d := w.add("bad", ""), w.add("fetcher", "")
@@ -143,6 +146,7 @@ func TestTheOnlyCorruptSenderIsNamedOnce(t *testing.T) {
 }
 
 func TestAParentThatGoesSilentIsReplaced(t *testing.T) {
+	t.Parallel()
 	w := newTown(t)
 	p := newPicture(t, 10<<20, 64<<10, 5)
 	var devices []*device
@@ -175,6 +179,7 @@ func TestAParentThatGoesSilentIsReplaced(t *testing.T) {
 }
 
 func TestARestartFetchesOnlyWhatIsLacking(t *testing.T) {
+	t.Parallel()
 	w := newTown(t)
 	p := newPicture(t, 8<<20, 64<<10, 6)
 	source := w.add("source", "", upLimit(4<<20))
@@ -203,6 +208,7 @@ func TestARestartFetchesOnlyWhatIsLacking(t *testing.T) {
 // The engine's own limit on unverified bytes counts pieces that no neighbour has
 // yet, and starves a chain when the image is larger than the limit (64 MiB).
 func TestTheEngineNeverHoldsRequestsBackForUnverifiedBytes(t *testing.T) {
+	t.Parallel()
 	e, err := newEngine(Config{Self: "a", Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
@@ -218,6 +224,7 @@ func TestTheEngineNeverHoldsRequestsBackForUnverifiedBytes(t *testing.T) {
 }
 
 func TestSmallAndOddImages(t *testing.T) {
+	t.Parallel()
 	w := newTown(t)
 	source, d := w.add("source", ""), w.add("fetcher", "")
 	for i, size := range []int64{0, 1, 16 << 10, 16<<10 + 1, 64 << 10, 64<<10 + 1, 1<<20 - 1} {
@@ -233,6 +240,7 @@ func TestSmallAndOddImages(t *testing.T) {
 }
 
 func TestStopEndsServing(t *testing.T) {
+	t.Parallel()
 	w := newTown(t)
 	p := newPicture(t, 1<<20, 64<<10, 7)
 	source, d := w.add("source", ""), w.add("fetcher", "")
@@ -249,6 +257,7 @@ func TestStopEndsServing(t *testing.T) {
 
 // No whole image is near, and what a parent has lies far behind the first lacking piece.
 func TestPiecesFarAheadAreTakenWhenThereAreNoOthers(t *testing.T) {
+	t.Parallel()
 	p := newPicture(t, windowBytes+4<<20, 256<<10, 8)
 	dir := t.TempDir()
 	b := openTestBytes(t, openTestStore(t, dir), p)
@@ -273,6 +282,7 @@ func TestPiecesFarAheadAreTakenWhenThereAreNoOthers(t *testing.T) {
 // Words travel slowly, and the devices begin one after the other: each hears of
 // the importer before it hears of its neighbours.
 func TestAStaggeredStartStillTakesOneCopy(t *testing.T) {
+	t.Parallel()
 	w := newTown(t)
 	w.lag = 300 * time.Millisecond
 	p := newPicture(t, 16<<20, 64<<10, 9)

@@ -55,15 +55,15 @@ type transfer struct {
 	img   verify.Image
 	g     geometry
 	table *verify.PieceTable
-	prev  *transfer // an earlier transfer of this image, which may still be ending
+	prev  *transfer // an earlier transfer of this image, which has begun and may still be ending; or nil. Swarm.mu
 	begun time.Time
 
 	started bool // guarded by Swarm.mu: run has a goroutine
 
-	stopOnce sync.Once
-	stopped  chan struct{}
-	done     chan struct{} // run has returned
-	wake     chan struct{} // has room for one
+	stopped context.Context // ends when stop is called
+	stop    context.CancelFunc
+	done    chan struct{} // run has returned
+	wake    chan struct{} // has room for one
 
 	bytes *bytesOf // set before the engine knows of the transfer, then constant
 	want  *window  // likewise
@@ -106,15 +106,15 @@ type link struct {
 }
 
 func newTransfer(s *Swarm, img verify.Image, table *verify.PieceTable, prev *transfer) *transfer {
-	return &transfer{
+	t := &transfer{
 		s: s, img: img, g: geometryOf(img), table: table, prev: prev, begun: time.Now(),
-		stopped: make(chan struct{}), done: make(chan struct{}), wake: make(chan struct{}, 1),
+		done: make(chan struct{}), wake: make(chan struct{}, 1),
 		links: map[*peerAddr]*link{}, suspects: map[string]suspicion{}, retryAt: map[string]time.Time{},
 		retries: map[string]int{}, refusals: map[string]int{}, counts: newCounts(),
 	}
+	t.stopped, t.stop = context.WithCancel(context.Background())
+	return t
 }
-
-func (t *transfer) stop() { t.stopOnce.Do(func() { close(t.stopped) }) }
 
 func (t *transfer) poke() {
 	select {
@@ -124,34 +124,27 @@ func (t *transfer) poke() {
 }
 
 // outdated says whether Fetch should begin anew: after an error, or because the image was stored by other means.
-func (t *transfer) outdated(stored bool) bool {
+func (t *transfer) outdated() bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.err != nil {
 		return time.Since(t.failAt) >= retryAfter
 	}
-	return stored && t.opened && !t.whole
+	return t.s.cfg.Store.overtaken(t.g.image)
 }
 
 // run fetches and serves until ctx ends, stop is called or an error.
 func (t *transfer) run(ctx context.Context, e *engine) {
 	defer close(t.done)
 	if t.prev != nil {
-		if t.prev.started {
-			<-t.prev.done
-		}
+		<-t.prev.done
+		t.s.mu.Lock()
 		t.prev = nil
+		t.s.mu.Unlock()
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	defer context.AfterFunc(ctx, t.poke)()
-	go func() {
-		select {
-		case <-t.stopped:
-			cancel()
-		case <-ctx.Done():
-		}
-	}()
+	defer context.AfterFunc(t.stopped, cancel)()
 	err := t.serve(ctx, e)
 	if err != nil && ctx.Err() == nil {
 		t.fail(err)
@@ -603,7 +596,6 @@ func (t *transfer) gone(a *peerAddr) {
 		t.backOff(a.id, now)
 	case l == nil:
 	case t.parent == l:
-		t.parent = nil
 		switch {
 		case l.ours || t.whole:
 		case l.useful.IsZero():
@@ -613,9 +605,7 @@ func (t *transfer) gone(a *peerAddr) {
 			t.doubt(a.id, now.Add(suspectLost))
 			t.retryAt[a.id] = now.Add(firstRetry)
 		}
-		if t.former != nil && t.parent == nil {
-			t.parent, t.former = t.former, nil
-		}
+		t.parent, t.former = t.former, nil
 	case t.former == l:
 		t.former = nil
 	}

@@ -8,7 +8,7 @@ import (
 
 // windowBytes is how far ahead of the first lacking piece the engine is told to
 // want pieces.
-const windowBytes = 32 << 20
+const windowBytes = 16 << 20
 
 // window tells the engine which pieces to want: all of them in strict index
 // order, but only so far ahead. For each refill of requests the engine looks at

@@ -84,10 +84,6 @@ func nodeConfig(cfg Config, slots *install.Files, log *slog.Logger) (peer.Config
 	if err != nil {
 		return peer.Config{}, err
 	}
-	listen, err := listenAddrs(cfg.Mesh)
-	if err != nil {
-		return peer.Config{}, err
-	}
 	health := install.Health{Command: cfg.Health.Command, Deadline: time.Duration(cfg.Health.Deadline),
 		Interval: time.Duration(cfg.Health.Interval), Timeout: time.Duration(cfg.Health.Timeout)}
 	return peer.Config{
@@ -97,9 +93,10 @@ func nodeConfig(cfg Config, slots *install.Files, log *slog.Logger) (peer.Config
 		Health: func(ctx context.Context, slot install.SlotName, version string) error {
 			return health.For(slot, version).Check(ctx)
 		},
-		Policy: policies[cfg.Policy.Auto], SiteKey: key, Listen: listen,
-		Finders:  func(ad discovery.Advert) []peer.Finder { return finders(cfg.Mesh, ad, log) },
-		MaxPeers: cfg.Mesh.MaxPeers, UpLimit: int64(cfg.Limits.Upload), DownLimit: int64(cfg.Limits.Download),
+		Policy: policies[cfg.Policy.Auto], SiteKey: key,
+		ListenNow: func() []netip.AddrPort { return listenAddrs(cfg.Mesh) },
+		Finders:   func(ad discovery.Advert) []peer.Finder { return finders(cfg.Mesh, ad, log) },
+		MaxPeers:  cfg.Mesh.MaxPeers, UpLimit: int64(cfg.Limits.Upload), DownLimit: int64(cfg.Limits.Download),
 		Log: log,
 	}, nil
 }
@@ -169,27 +166,23 @@ func privateAddrs(ifaces []net.Interface) []netip.Addr {
 	return out
 }
 
-// listenAddrs are the addresses to bind: those of the config, or the private ones
-// of its interfaces, so that nothing is offered on an address that faces the internet.
-func listenAddrs(cfg MeshConfig) ([]netip.AddrPort, error) {
-	var out []netip.AddrPort
+// listenAddrs are the addresses to bind now: those of the config, or the private
+// ones of its interfaces, so that nothing is offered on an address that faces the internet.
+func listenAddrs(cfg MeshConfig) []netip.AddrPort {
+	addrs := make([]netip.Addr, 0, len(cfg.Listen))
 	for _, text := range cfg.Listen {
-		addr, err := netip.ParseAddr(text)
-		if err != nil {
-			return nil, verify.Refuse(verify.CodeConfig, "mesh.listen: %w", err)
+		if addr, err := netip.ParseAddr(text); err == nil { // Validate has refused anything else
+			addrs = append(addrs, addr)
 		}
+	}
+	if len(addrs) == 0 {
+		addrs = privateAddrs(interfacesOf(cfg.Interfaces))
+	}
+	var out []netip.AddrPort
+	for _, addr := range addrs {
 		out = append(out, netip.AddrPortFrom(addr, uint16(cfg.Port)))
 	}
-	if len(out) > 0 {
-		return out, nil
-	}
-	for _, addr := range privateAddrs(interfacesOf(cfg.Interfaces)) {
-		out = append(out, netip.AddrPortFrom(addr, uint16(cfg.Port)))
-	}
-	if len(out) == 0 {
-		return nil, verify.Refuse(verify.CodeConfig, "no chosen interface has a private address to listen on")
-	}
-	return out, nil
+	return out
 }
 
 func finders(cfg MeshConfig, ad discovery.Advert, log *slog.Logger) []peer.Finder {
