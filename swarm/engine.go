@@ -250,7 +250,7 @@ func (e *engine) gone(a *peerAddr) {
 }
 
 // onHandshake learns which image a connection is for. The client's lock is not held.
-func (e *engine) onHandshake(pc *torrent.PeerConn, ih torrent.InfoHash) {
+func (e *engine) onHandshake(pc *torrent.PeerConn, ih infohash.T) {
 	a, ok := pc.RemoteAddr.(*peerAddr)
 	if !ok {
 		return

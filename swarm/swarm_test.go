@@ -200,7 +200,8 @@ func TestARestartFetchesOnlyWhatIsLacking(t *testing.T) {
 	d = w.add("fetcher", d.dir)
 	d.start(p.img, p.table)
 	w.allHave(p, d)
-	if got := sum(d.transfer(p).Received); got != p.img.Size-kept {
+	// A piece that came just before the end may be found by its hash, so it can be less.
+	if got := sum(d.transfer(p).Received); got > p.img.Size-kept {
 		t.Errorf("fetched %d bytes, only %d were lacking", got, p.img.Size-kept)
 	}
 }

@@ -337,7 +337,7 @@ func (t *transfer) claim(now time.Time, others site) bool {
 // an attempt that takes too long. A parent that has nothing new is most likely
 // starved, not dead: whoever is to blame is further up, and the child of that one moves.
 func (t *transfer) judge(now time.Time, others site) {
-	p, trying := t.watched()
+	p, lastUseful, trying := t.watched()
 	t.widen(now)
 	if trying != nil && now.Sub(trying.made) > connectPatience {
 		t.mu.Lock()
@@ -353,7 +353,7 @@ func (t *transfer) judge(now time.Time, others site) {
 	}
 	silent := got-p.got < tickle
 	has := false
-	if silent || now.Sub(p.lastUseful()) > stallAfter {
+	if silent || now.Sub(lastUseful) > stallAfter {
 		has = t.hasLacking(p.pc)
 	}
 	t.mu.Lock()
@@ -408,13 +408,13 @@ func (l *link) lastUseful() time.Time {
 	return l.useful
 }
 
-func (t *transfer) watched() (*link, *peerAddr) {
+func (t *transfer) watched() (parent *link, lastUseful time.Time, trying *peerAddr) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.parent == nil {
-		return nil, t.trying
+	if t.parent != nil {
+		lastUseful = t.parent.lastUseful()
 	}
-	return t.parent, t.trying
+	return t.parent, lastUseful, t.trying
 }
 
 // hasLacking says whether the peer has a piece that is lacking here.
