@@ -199,7 +199,7 @@ func (p *pair) checkSpace(slot SlotName, images []verify.Image) error {
 	}
 	if missing := need - free - held; missing > 0 {
 		return &verify.Refusal{Code: verify.CodeSpace, NeedBytes: missing,
-			Detail: "write slot " + string(slot) + ": the folder of the slots has too little free space"}
+			Detail: "write slot " + string(slot) + ": there is too little room for it"}
 	}
 	return nil
 }

@@ -24,6 +24,8 @@ const (
 	retryMax    = 5 * time.Minute
 	rejectedMin = 30 * time.Second // after a hello that failed
 	rejectedMax = 10 * time.Minute
+	// nearAgain is how soon after a failed dial a device is tried again that discovery finds on this LAN.
+	nearAgain = 30 * time.Second
 )
 
 // book remembers where devices may be dialled, and when to try again. What is in
@@ -42,6 +44,8 @@ type contact struct {
 	met   bool             // was admitted in this run
 	fails int
 	next  time.Time // not to be dialled before
+	// silent is when it last did not answer a dial; zero: it did, or a dial runs.
+	silent time.Time
 }
 
 // seed is a configured address whose device has to be asked for its id.
@@ -89,6 +93,31 @@ func (b *book) hint(id peer.ID, addrs []netip.AddrPort, now time.Time) bool {
 		c.next = earlier(c.next, now.Add(retryMin))
 	}
 	return news
+}
+
+// near notes that discovery found the device, new addresses or not, and says
+// whether it is to be dialled sooner for that. A cable that is plugged in again,
+// or a switch that is back, shows here first; without it the site would wait for
+// retryMax. A device that answered and was rejected gains nothing by announcing itself.
+func (b *book) near(id peer.ID, now time.Time) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	c := b.contacts[id]
+	if c == nil || c.silent.IsZero() {
+		return false
+	}
+	at := now
+	if b.self > id {
+		at = now.Add(yieldTime)
+	}
+	if again := c.silent.Add(nearAgain); again.After(at) {
+		at = again
+	}
+	if !at.Before(c.next) {
+		return false
+	}
+	c.next = at
+	return true
 }
 
 // evictLocked drops a device that was never met: a flood of invented ones must not push out a real one.
@@ -143,7 +172,7 @@ func (b *book) met(id peer.ID, at netip.AddrPort) {
 		c = &contact{}
 		b.contacts[id] = c
 	}
-	c.met, c.fails = true, 0
+	c.met, c.fails, c.silent = true, 0, time.Time{}
 	if at = unmapped(at); at.IsValid() {
 		c.addrs = slices.DeleteFunc(c.addrs, func(a netip.AddrPort) bool { return a == at })
 		c.addrs = slices.Insert(c.addrs, 0, at)
@@ -160,8 +189,10 @@ func (b *book) failed(id peer.ID, rejected bool, now time.Time) {
 		return
 	}
 	first, last := retryMin, retryMax
+	c.silent = now
 	if rejected {
 		first, last = rejectedMin, rejectedMax
+		c.silent = time.Time{}
 	}
 	c.next = now.Add(backoff(c.fails, first, last))
 	c.fails++
@@ -252,7 +283,7 @@ func (b *book) hold(c call, now time.Time) {
 	defer b.mu.Unlock()
 	until := now.Add(dialTimeout + helloTimeout)
 	if known := b.contacts[c.id]; c.id != "" && known != nil {
-		known.next = until
+		known.next, known.silent = until, time.Time{}
 	}
 	if s := b.seeds[c.at]; c.id == "" && s != nil {
 		s.next = until

@@ -103,3 +103,30 @@ func TestSeedIsAskedWhoItIs(t *testing.T) {
 		t.Errorf("a device that moved away from its seed is not asked for again: %+v", calls)
 	}
 }
+
+func TestADeviceFoundNearbyIsTriedSoon(t *testing.T) {
+	b, now := newBook("a"), time.Now()
+	b.hint("b", addr(1), now)
+	for range 12 {
+		b.failed("b", false, now)
+	}
+	if !b.near("b", now.Add(time.Second)) {
+		t.Fatal("an announcement changed nothing")
+	}
+	if _, again := b.due(now, nobody, 64); again.Sub(now) != nearAgain {
+		t.Errorf("again after %v", again.Sub(now))
+	}
+	now = now.Add(nearAgain)
+	calls, _ := b.due(now, nobody, 64)
+	if len(calls) != 1 {
+		t.Fatalf("%d calls", len(calls))
+	}
+	b.hold(calls[0], now)
+	if b.near("b", now) {
+		t.Error("it is dialled a second time while a dial runs")
+	}
+	b.failed("b", true, now)
+	if b.near("b", now.Add(nearAgain)) {
+		t.Error("a device that was rejected is dialled because it announces itself")
+	}
+}

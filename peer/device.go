@@ -114,7 +114,8 @@ func (n *Node) observe(ctx context.Context) (view, error) {
 	if slots.Phase == install.PhaseTrial {
 		confirmed = verify.Digest{} // what is on trial does not count as running
 	}
-	v.target, v.facts.Target, v.why = choose(known, n.deviceFor(slots), n.door.Counters(), confirmed, n.failedHere)
+	v.target, v.facts.Target, v.why = choose(choice{known: known, dev: n.deviceFor(slots), counters: n.door.Counters(),
+		running: confirmed, withdrawn: n.withdrawn, failed: n.failedHere})
 	v.facts.Policy = n.cfg.Policy
 	v.facts.Boot = bootFact(slots)
 	v.facts.Unrecorded = slots.Failed != ""
@@ -126,10 +127,15 @@ func (n *Node) observe(ctx context.Context) (view, error) {
 	n.swarm.SetMembers(n.members())
 	n.seed(known)
 
+	// What was withdrawn while it was on trial is as good as failed.
+	withdrawn := n.withdrawn(running.Release)
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if slots.Phase == install.PhaseTrial {
 		v.facts.Health = n.health
+		if withdrawn {
+			v.facts.Health = HealthBad
+		}
 	}
 	v.state = state(v.facts, v.have > 0)
 	if v.state == StateWaiting && v.facts.Target == TargetNew && n.anyoneHolds(v.images) {
@@ -150,7 +156,7 @@ func (n *Node) observe(ctx context.Context) (view, error) {
 // the version that counts is the default slot's: the trial may still go.
 func (n *Node) deviceFor(slots install.State) verify.Device {
 	return verify.Device{Product: n.cfg.Product, Hardware: n.cfg.Hardware, Channel: n.cfg.Channel,
-		Running: slots.Slots[slots.Default].Version}
+		Running: slots.Slots[slots.Default].Version, Meshupd: n.cfg.Meshupd}
 }
 
 func (n *Node) failedHere(id verify.Digest) bool {
@@ -257,6 +263,9 @@ func (n *Node) do(ctx context.Context, step Step, v view) error {
 	case StepConfirm:
 		return n.confirm(ctx, v)
 	case StepFallback:
+		if c := v.slots.Slots[v.slots.Booted]; n.withdrawn(c.Release) {
+			n.fail(verify.Refuse(verify.CodeRecalled, "the publisher withdrew version %s", c.Version))
+		}
 		return slots.Fallback(ctx)
 	case StepRecord:
 		return n.recordFailure(ctx, v)
@@ -343,7 +352,7 @@ func (n *Node) confirm(ctx context.Context, v view) error {
 		by = o.Kind
 	}
 	n.record(Event{Kind: EventConfirmed, From: from.Version, To: to.Version, Took: time.Since(started), By: by})
-	n.prune(to.Release)
+	n.prune(to.Release, from.Release)
 	return nil
 }
 

@@ -171,6 +171,7 @@ func (d *dialler) found(h discovery.Hint) {
 		}
 	} else if id, err := peer.Decode(h.ID); err == nil && !d.m.adm.isBanned(id) {
 		news = d.m.book.hint(id, h.Addrs, now)
+		news = d.m.book.near(id, now) || news
 	}
 	if news {
 		d.m.log.Debug("a device may be near", "peer", h.ID, "via", h.Via, "addrs", fmt.Sprint(h.Addrs))

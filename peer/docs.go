@@ -240,7 +240,7 @@ func (d *documents) learn(from peer.ID, refs []HeadRef) {
 
 // loopback says whether this device itself listens on a loopback address.
 func (d *documents) loopback() bool {
-	return len(d.m.cfg.Listen) > 0 && isLoopback(d.m.cfg.Listen)
+	return isLoopback(d.m.Addrs())
 }
 
 func isLoopback(list []netip.AddrPort) bool {

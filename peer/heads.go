@@ -58,7 +58,7 @@ type headDesk struct {
 	mu       sync.Mutex
 	verdicts map[[sha256.Size]byte]judged
 	strikes  map[peer.ID]int
-	wants    map[verify.Digest][]peer.ID // who says to hold a head that is lacked here
+	wants    map[verify.Digest]want
 	busy     map[verify.Digest]bool
 	asked    map[asked]time.Time // not to be asked again before
 }
@@ -68,9 +68,16 @@ type judged struct {
 	until   time.Time
 }
 
+// want is a head that is lacked here, or that others hold with newer trust.
+type want struct {
+	epoch   uint64
+	sources []peer.ID // who says to hold it
+}
+
 type asked struct {
-	who peer.ID
-	id  verify.Digest
+	who   peer.ID
+	id    verify.Digest
+	epoch uint64
 }
 
 func newHeadDesk(m *Mesh) *headDesk {
@@ -78,7 +85,7 @@ func newHeadDesk(m *Mesh) *headDesk {
 		m: m, wake: make(chan struct{}, 1), asks: newPeerLimits(rate.Every(time.Second), 2*maxRefs),
 		judges: make(chan struct{}, parallelJudge), serves: make(chan struct{}, parallelServe), pulls: make(chan struct{}, parallelPulls),
 		verdicts: map[[sha256.Size]byte]judged{}, strikes: map[peer.ID]int{},
-		wants: map[verify.Digest][]peer.ID{}, busy: map[verify.Digest]bool{}, asked: map[asked]time.Time{},
+		wants: map[verify.Digest]want{}, busy: map[verify.Digest]bool{}, asked: map[asked]time.Time{},
 	}
 }
 
@@ -108,6 +115,7 @@ func (d *headDesk) judge(ctx context.Context, from peer.ID, head []byte) verdict
 	d.remember(sum, v)
 	switch v {
 	case headBelieved:
+		d.reconsider()
 		d.m.docs.changed()
 	case headForged:
 		d.blame(from, err)
@@ -115,6 +123,19 @@ func (d *headDesk) judge(ctx context.Context, from peer.ID, head []byte) verdict
 		d.m.log.Info("a head from a neighbour is not taken", "peer", from.String(), "code", string(verify.CodeOf(err)), "why", err.Error())
 	}
 	return v
+}
+
+// reconsider gives heads that were of no use another chance: the one that was just
+// believed may bring the keys, or name the versions in between, that they lacked.
+func (d *headDesk) reconsider() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for sum, j := range d.verdicts {
+		if j.verdict == headUnwelcome {
+			delete(d.verdicts, sum)
+		}
+	}
+	clear(d.asked)
 }
 
 // verdictOn tells forgeries from heads that only do not fit what this device
@@ -181,12 +202,17 @@ func (d *headDesk) learn(from peer.ID, refs []HeadRef) {
 	d.mu.Lock()
 	news := false
 	for _, ref := range refs[:min(len(refs), maxRefs)] {
-		sources, wanted := d.wants[ref.ID]
-		if held[ref.ID] || ref.ID.IsZero() || len(sources) >= maxSources || !wanted && len(d.wants) >= maxWants {
+		w, wanted := d.wants[ref.ID]
+		if held.has(ref.ID, ref.Epoch) || ref.ID.IsZero() || !wanted && len(d.wants) >= maxWants {
 			continue
 		}
-		if !containsID(sources, from) && !d.asked[asked{from, ref.ID}].After(time.Now()) {
-			d.wants[ref.ID] = append(sources, from)
+		if ref.Epoch > w.epoch {
+			w = want{epoch: ref.Epoch} // who has it with older trust is no source of this
+		}
+		if ref.Epoch == w.epoch && len(w.sources) < maxSources && !containsID(w.sources, from) &&
+			!d.asked[asked{from, ref.ID, ref.Epoch}].After(time.Now()) {
+			w.sources = append(w.sources, from)
+			d.wants[ref.ID] = w
 			news = true
 		}
 	}
@@ -205,11 +231,19 @@ func containsID(list []peer.ID, id peer.ID) bool {
 	return false
 }
 
-func (d *headDesk) held() map[verify.Digest]bool {
-	held := map[verify.Digest]bool{}
+// heldHeads are this device's own, by the newest trust that comes with each.
+type heldHeads map[verify.Digest]uint64
+
+func (h heldHeads) has(id verify.Digest, epoch uint64) bool {
+	own, ok := h[id]
+	return ok && own >= epoch
+}
+
+func (d *headDesk) held() heldHeads {
+	held := heldHeads{}
 	if d.m.cfg.Heads != nil {
 		for _, ref := range d.m.cfg.Heads() {
-			held[ref.ID] = true
+			held[ref.ID] = ref.Epoch
 		}
 	}
 	return held
@@ -238,7 +272,7 @@ func (d *headDesk) run(ctx context.Context, h *lanHost) {
 			case <-ctx.Done():
 				return
 			}
-			from, id, ok := d.next()
+			what, ok := d.next()
 			if !ok {
 				<-d.pulls
 				break
@@ -246,38 +280,39 @@ func (d *headDesk) run(ctx context.Context, h *lanHost) {
 			d.m.tasks.Go(func() {
 				defer d.poke()
 				defer func() { <-d.pulls }()
-				d.pull(ctx, h, from, id)
+				d.pull(ctx, h, what)
 			})
 		}
 	}
 }
 
 // next picks a head to pull and a neighbour to pull it from, and forgets heads that nobody can hand over.
-func (d *headDesk) next() (from peer.ID, id verify.Digest, ok bool) {
+func (d *headDesk) next() (what asked, ok bool) {
 	held := d.held()
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for id, sources := range d.wants {
-		if held[id] {
+	for id, w := range d.wants {
+		if held.has(id, w.epoch) {
 			delete(d.wants, id)
 			continue
 		}
 		if d.busy[id] {
 			continue
 		}
-		for i, p := range sources {
+		for i, p := range w.sources {
 			if d.m.adm.has(p) {
-				d.wants[id] = sources[i+1:]
+				d.wants[id] = want{w.epoch, w.sources[i+1:]}
 				d.busy[id] = true
-				return p, id, true
+				return asked{p, id, w.epoch}, true
 			}
 		}
 		delete(d.wants, id)
 	}
-	return "", verify.Digest{}, false
+	return asked{}, false
 }
 
-func (d *headDesk) pull(ctx context.Context, h *lanHost, from peer.ID, id verify.Digest) {
+func (d *headDesk) pull(ctx context.Context, h *lanHost, what asked) {
+	from, id := what.who, what.id
 	ctx, cancel := context.WithTimeout(ctx, pullTimeout)
 	defer cancel()
 	head, err := fetchHead(ctx, h, from, id)
@@ -297,7 +332,7 @@ func (d *headDesk) pull(ctx context.Context, h *lanHost, from peer.ID, id verify
 		clear(d.asked)
 	}
 	// Held by now, or not to be had from this neighbour for a while: its claim did not hold, or it is of no use here.
-	d.asked[asked{from, id}] = time.Now().Add(askAgain)
+	d.asked[what] = time.Now().Add(askAgain)
 }
 
 // fetchHead asks one neighbour for a head; nil and no error is "not here".

@@ -1,7 +1,5 @@
 package peer
 
-import "meshupd/verify"
-
 // The life of a release on one device. The drawing shows the steps of next; the
 // words in capitals are what people see (Phase of a DeviceState).
 //
@@ -193,43 +191,5 @@ func state(f Facts, have bool) DeviceState {
 		return StateFetching
 	default:
 		return StateWaiting
-	}
-}
-
-// choose picks the release a device should run: the newest of those known that
-// is meant for it and not below its floor. The second result says how it stands,
-// the third why not, when that is a rule of the release.
-func choose(known []*verify.Release, dev verify.Device, floor verify.Counters, running verify.Digest,
-	failed func(verify.Digest) bool) (*verify.Release, Target, error) {
-	var best *verify.Release
-	var why error
-	for _, rel := range known {
-		if m := rel.Manifest(); m.Line < floor.Line || m.Line == floor.Line && m.Seq < floor.Floor {
-			continue
-		}
-		if best != nil && rel.Compare(best) <= 0 {
-			continue
-		}
-		err := rel.Fits(dev)
-		if rel.ID() == running {
-			err = nil // what runs and was confirmed was fit when it was installed
-		}
-		switch verify.CodeOf(err) {
-		case verify.CodeProduct, verify.CodeHardware, verify.CodeChannel:
-			continue // for somebody else
-		}
-		best, why = rel, err
-	}
-	switch {
-	case best == nil:
-		return nil, TargetNone, nil
-	case best.ID() == running:
-		return best, TargetRunning, nil
-	case failed(best.ID()):
-		return best, TargetFailed, nil
-	case why != nil:
-		return best, TargetUnfit, why
-	default:
-		return best, TargetNew, nil
 	}
 }

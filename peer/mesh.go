@@ -36,6 +36,8 @@ type HeadRef struct {
 	ID   verify.Digest `json:"id"`
 	Line uint64        `json:"line"`
 	Seq  uint64        `json:"seq"`
+	// Epoch of the newest trust document in the head: the same release may come with newer keys.
+	Epoch uint64 `json:"epoch,omitempty"`
 }
 
 // DeviceStatus is what a device says of itself; signed by its identity key and gossiped. All of it is a claim.
@@ -84,10 +86,10 @@ type MeshConfig struct {
 	// ListenNow, if not nil, is asked instead of Listen, again and again: a
 	// device starts before its network does, and addresses come and go.
 	ListenNow func() []netip.AddrPort
-	Finders  func(discovery.Advert) []Finder
-	LAN      LAN // nil: the machine's TCP
-	Log      *slog.Logger
-	MaxPeers int // connections kept, default 64
+	Finders   func(discovery.Advert) []Finder
+	LAN       LAN // nil: the machine's TCP
+	Log       *slog.Logger
+	MaxPeers  int // connections kept, default 64
 
 	// CheckHead is asked about a head from a neighbour; nil means believed, kept and to be passed on.
 	CheckHead func(ctx context.Context, from string, head []byte) error

@@ -1,7 +1,9 @@
 package peer
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -28,6 +30,9 @@ type Config struct {
 	StateDir string
 	Anchor   string // folder with the factory trust document
 	Reserve  int64  // bytes that stay free on the store's file system
+	// BuildTime is when this program was made, see verify.DoorConfig; zero: unknown.
+	BuildTime time.Time
+	Meshupd   string // version of this program, for releases that need a newer one
 
 	Slots install.Slots
 	// Starter, if not nil, is run once before the first look at the slots: what
@@ -63,9 +68,12 @@ type Node struct {
 	// wake asks the loop for another look; a full channel already holds the request.
 	wake chan struct{}
 
+	adopting sync.Mutex // held while a release is taken in
+
 	mu        sync.Mutex // guards the fields below
 	releases  map[verify.Digest]*verify.Release
-	view      view // what the last round observed
+	recalled  map[verify.Digest]bool // manifests that were kept here until one of their images was recalled
+	view      view                   // what the last round observed
 	trouble   *Reason
 	health    HealthFact
 	writing   progress
@@ -89,6 +97,7 @@ func New(cfg Config) (*Node, error) {
 		cfg: cfg, log: cfg.Log,
 		wake:     make(chan struct{}, 1),
 		releases: map[verify.Digest]*verify.Release{},
+		recalled: map[verify.Digest]bool{},
 		heard:    map[string]DeviceState{},
 		changed:  make(chan struct{}),
 	}
@@ -106,7 +115,7 @@ func New(cfg Config) (*Node, error) {
 // openState opens what outlasts a restart.
 func (n *Node) openState() (err error) {
 	dir := n.cfg.StateDir
-	if n.door, err = verify.OpenDoor(verify.DoorConfig{Dir: dir, Anchor: n.cfg.Anchor, Product: n.cfg.Product}); err != nil {
+	if n.door, err = verify.OpenDoor(verify.DoorConfig{Dir: dir, Anchor: n.cfg.Anchor, Product: n.cfg.Product, BuildTime: n.cfg.BuildTime}); err != nil {
 		return fmt.Errorf("open the trust of this device: %w", err)
 	}
 	if n.store, err = swarm.OpenStore(swarm.StoreConfig{Dir: filepath.Join(dir, "store"), Reserve: n.cfg.Reserve, Log: n.log}); err != nil {
@@ -142,7 +151,10 @@ func (n *Node) loadReleases() error {
 		rel, err := n.check(context.Background(), raw)
 		if err != nil {
 			n.log.Warn("a kept release is not believed any more", "code", verify.CodeOf(err), "err", err)
-			doubt = true
+			if verify.CodeOf(err) == verify.CodeRecalled {
+				n.recalled[manifestID(raw)] = true
+			}
+			doubt = doubt || !isOver(err)
 			continue
 		}
 		n.releases[rel.ID()] = rel
@@ -154,6 +166,15 @@ func (n *Node) loadReleases() error {
 		return fmt.Errorf("sweep the store: %w", err)
 	}
 	return nil
+}
+
+// manifestID names the release of a head that was read before.
+func manifestID(raw []byte) verify.Digest {
+	head, err := verify.ReadHead(bytes.NewReader(raw))
+	if err != nil {
+		return verify.Digest{}
+	}
+	return sha256.Sum256(head.UnverifiedManifest())
 }
 
 // openSite prepares the mesh and the swarm on top of it.

@@ -27,17 +27,46 @@ func (n *Node) check(ctx context.Context, raw []byte) (*verify.Release, error) {
 	if err != nil {
 		return nil, err
 	}
-	return n.door.Check(ctx, head)
+	return n.checkHead(ctx, head)
 }
 
-// outdated says whether the order of releases has moved past rel.
+// checkHead is Door.Check. A head may bring news about keys even when its release
+// is refused; then what is kept is looked at again.
+func (n *Node) checkHead(ctx context.Context, head *verify.UnverifiedHead) (*verify.Release, error) {
+	before := n.door.Trust().Epoch
+	rel, err := n.door.Check(ctx, head)
+	if n.door.Trust().Epoch != before {
+		n.reviewKnown(ctx)
+	}
+	return rel, err
+}
+
+// outdated says whether the order of releases has moved past rel, and the newest
+// does not lead through it.
 func (n *Node) outdated(rel *verify.Release) error {
 	m, c := rel.Manifest(), n.door.Counters()
-	if m.Line < c.Line || m.Line == c.Line && m.Seq < c.Accepted {
+	if (m.Line < c.Line || m.Line == c.Line && m.Seq < c.Accepted) && !n.isStone(rel) {
 		return verify.Refuse(verify.CodeOrder, "release %s is number %d of line %d; this device already accepted number %d of line %d",
 			m.Version, m.Seq, m.Line, c.Accepted, c.Line)
 	}
 	return nil
+}
+
+// isStone says whether the newest release goes through rel.
+func (n *Node) isStone(rel *verify.Release) bool {
+	known := n.known()
+	goal := newestOf(known)
+	return goal != nil && n.door.AllowVia(goal, rel, finder(known, n.withdrawn)) == nil
+}
+
+func newestOf(known []*verify.Release) *verify.Release {
+	var newest *verify.Release
+	for _, rel := range known {
+		if newest == nil || rel.Compare(newest) > 0 {
+			newest = rel
+		}
+	}
+	return newest
 }
 
 // hearHead is asked about a head from a neighbour. A release that is authentic
@@ -58,16 +87,26 @@ func (n *Node) hearHead(ctx context.Context, from string, raw []byte) error {
 // the counter rises: the other way round a cut could leave a device that refuses
 // every older release and has lost the newest.
 func (n *Node) adopt(rel *verify.Release, from Origin) error {
+	n.adopting.Lock() // the same head comes from several neighbours at once
+	defer n.adopting.Unlock()
 	n.mu.Lock()
-	_, have := n.releases[rel.ID()]
+	had, have := n.releases[rel.ID()]
 	n.mu.Unlock()
-	if have {
+	if have && bytes.Equal(had.Head(), rel.Head()) {
 		return nil
 	}
 	if err := n.store.Keep(rel); err != nil {
 		return fmt.Errorf("keep the release: %w", err)
 	}
-	if err := n.door.Accept(rel); err != nil {
+	if have { // with a longer trust chain or more signatures than before
+		n.mu.Lock()
+		n.releases[rel.ID()] = rel
+		n.mu.Unlock()
+		n.poke()
+		return nil
+	}
+	if err := n.door.Accept(rel); err != nil && !n.isStone(rel) {
+		n.poke() // there may be an alarm to show
 		return errors.Join(err, n.store.Drop(rel, n.known()))
 	}
 	from.At = time.Now().UTC()
@@ -79,18 +118,23 @@ func (n *Node) adopt(rel *verify.Release, from Origin) error {
 	n.mu.Unlock()
 	m := rel.Manifest()
 	n.log.Info("release accepted", "version", m.Version, "seq", m.Seq, "from", from.Kind)
+	if warning := rel.ClockWarning(time.Now()); warning != "" {
+		n.log.Warn("the clock of this device or the release is late", "version", m.Version, "why", warning)
+	}
+	if len(m.Recalls) > 0 {
+		n.withdrawKnown()
+	}
+	n.pruneToQuota()
 	n.poke()
 	return nil
 }
 
 // heads says what this device can hand on.
 func (n *Node) heads() []HeadRef {
-	var out []HeadRef
-	for _, rel := range n.known() {
-		m := rel.Manifest()
-		out = append(out, HeadRef{ID: rel.ID(), Line: m.Line, Seq: m.Seq})
-	}
-	return out
+	epoch := n.door.Trust().Epoch
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.headsLocked(epoch)
 }
 
 func (n *Node) head(id verify.Digest) []byte {
@@ -100,44 +144,6 @@ func (n *Node) head(id verify.Digest) []byte {
 		return rel.Head()
 	}
 	return nil
-}
-
-// prune drops releases below the floor: nothing may go back to them, so nobody
-// needs them from here. The newest and the running one stay in any case.
-func (n *Node) prune(running verify.Digest) {
-	floor := n.door.Counters()
-	for _, rel := range n.known() {
-		m := rel.Manifest()
-		if rel.ID() == running || m.Line > floor.Line || m.Line == floor.Line && m.Seq >= floor.Floor {
-			continue
-		}
-		n.mu.Lock()
-		if n.importing > 0 {
-			n.mu.Unlock()
-			return // the images of an import that is under way belong to no kept release yet
-		}
-		delete(n.releases, rel.ID())
-		n.mu.Unlock()
-		for _, img := range m.Images {
-			if !n.imageNeeded(img.SHA256) {
-				n.swarm.Stop(img.SHA256)
-			}
-		}
-		if err := n.store.Drop(rel, n.known()); err != nil {
-			n.log.Warn("drop an old release", "version", m.Version, "err", err)
-			continue
-		}
-		n.log.Info("old release dropped", "version", m.Version)
-	}
-}
-
-func (n *Node) imageNeeded(d verify.Digest) bool {
-	for _, rel := range n.known() {
-		if _, ok := rel.Image(d); ok {
-			return true
-		}
-	}
-	return false
 }
 
 // Import is a release on its way in from a stick or a file.
@@ -153,7 +159,7 @@ type Import struct {
 // OpenImport takes a head through the door and says whether its images are
 // wanted. Nothing is stored yet. by and source are for the history.
 func (n *Node) OpenImport(ctx context.Context, head *verify.UnverifiedHead, by, source string) (*Import, error) {
-	rel, err := n.door.Check(ctx, head)
+	rel, err := n.checkHead(ctx, head)
 	if err != nil {
 		return nil, err
 	}
@@ -311,4 +317,13 @@ func (n *Node) members() []swarm.Member {
 		}
 	}
 	return out
+}
+
+// Transfers tells of the images that this device fetches or serves now.
+func (n *Node) Transfers() []swarm.Transfer { return n.swarm.Transfers() }
+
+// SetReserve changes how many bytes stay free on the store's file system.
+func (n *Node) SetReserve(bytes int64) {
+	n.store.SetReserve(bytes)
+	n.poke()
 }

@@ -13,6 +13,7 @@ import (
 type Site struct {
 	Observer string // this device's id
 	Trust    verify.TrustInfo
+	Alarms   []verify.Alarm  // of this device
 	Release  *verify.Release // the newest known here, whoever it is for; nil if none
 	Origin   Origin          // where this device has it from
 	Imported int64           // bytes that came in by stick or file here
@@ -31,12 +32,7 @@ type DeviceView struct {
 // Site tells what this device knows now.
 func (n *Node) Site() Site {
 	now := time.Now()
-	s := Site{Observer: n.mesh.ID(), Trust: n.door.Trust()}
-	for _, rel := range n.known() {
-		if s.Release == nil || rel.Compare(s.Release) > 0 {
-			s.Release = rel
-		}
-	}
+	s := Site{Observer: n.mesh.ID(), Trust: n.door.Trust(), Alarms: n.door.Alarms(), Release: newestOf(n.known())}
 	if s.Release != nil {
 		s.Origin, _ = n.origin.get(s.Release.ID())
 	}
@@ -82,13 +78,14 @@ func (n *Node) nameOf(id string) string {
 func (n *Node) status() DeviceStatus {
 	// The swarm is asked before the lock is taken: it calls poke, which takes it.
 	transfers, holdings := n.swarm.Transfers(), n.swarm.Holdings()
+	epoch := n.door.Trust().Epoch
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	v := n.view
 	booted := v.slots.Slots[v.slots.Booted]
 	st := DeviceStatus{
 		Name: n.cfg.Name, Hardware: n.cfg.Hardware, Version: booted.Version,
-		State: string(v.state), Since: v.since.UTC(), Heads: n.headsLocked(), Holdings: holdings,
+		State: string(v.state), Since: v.since.UTC(), Heads: n.headsLocked(epoch), Holdings: holdings,
 		Sent: map[string]int64{},
 	}
 	if v.facts.Boot == BootTrial {
@@ -134,11 +131,13 @@ func ofImages(images []verify.Image, d verify.Digest) bool {
 	return slices.ContainsFunc(images, func(img verify.Image) bool { return img.SHA256 == d })
 }
 
-func (n *Node) headsLocked() []HeadRef {
+// headsLocked names the heads that this device can hand on, each with the number of
+// the newest trust document that comes with it.
+func (n *Node) headsLocked(epoch uint64) []HeadRef {
 	out := make([]HeadRef, 0, len(n.releases))
 	for _, rel := range n.releases {
 		m := rel.Manifest()
-		out = append(out, HeadRef{ID: rel.ID(), Line: m.Line, Seq: m.Seq})
+		out = append(out, HeadRef{ID: rel.ID(), Line: m.Line, Seq: m.Seq, Epoch: epoch})
 	}
 	slices.SortFunc(out, func(a, b HeadRef) int { return compareStrings(a.ID.String(), b.ID.String()) })
 	return out
@@ -146,6 +145,11 @@ func (n *Node) headsLocked() []HeadRef {
 
 // reasonLocked says why the device is not further, or nil.
 func (n *Node) reasonLocked(v view, transfers []swarm.Transfer) *Reason {
+	if v.slots.Failed != "" { // a trial that was given up a moment ago
+		if f, ok := n.failures.Failed(v.slots.Slots[v.slots.Failed].Release); ok {
+			return &Reason{Code: f.Code, Detail: f.Detail}
+		}
+	}
 	if v.facts.Target == TargetFailed && v.target != nil {
 		if f, ok := n.failures.Failed(v.target.ID()); ok {
 			return &Reason{Code: f.Code, Detail: f.Detail}
@@ -165,6 +169,10 @@ func (n *Node) reasonLocked(v view, transfers []swarm.Transfer) *Reason {
 	return nil
 }
 
+// tellDelay lets changes that come together, such as a new release and the rank
+// that its fetch takes, go out as one status.
+const tellDelay = 20 * time.Millisecond
+
 // tell spreads this device's status when it changed, and notes what others became.
 func (n *Node) tell(ctx context.Context) error {
 	for {
@@ -176,13 +184,8 @@ func (n *Node) tell(ctx context.Context) error {
 			return ctx.Err()
 		case <-changed:
 		}
-		// Many changes come at once; the mesh wants one status for them.
-		timer := time.NewTimer(200 * time.Millisecond)
-		select {
-		case <-ctx.Done():
-			timer.Stop()
-			return ctx.Err()
-		case <-timer.C:
+		if err := pause(ctx, tellDelay); err != nil {
+			return err
 		}
 	}
 }

@@ -5,11 +5,13 @@ import (
 	"context"
 	"math/rand/v2"
 	"reflect"
+	"slices"
 	"sync"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
 
+	"meshupd/swarm"
 	"meshupd/verify"
 )
 
@@ -22,10 +24,10 @@ type teller struct {
 	own    DeviceStatus
 	said   bool // own was set
 	dirty  bool // own differs from what was sent
-	urgent bool // and its State does
+	urgent bool // and others act on the difference: its State, or its ranks in the relay chains
 	boot   uint64
 	n      uint64
-	state  string // last sent
+	spoken DeviceStatus // last sent
 	sent   time.Time
 	signed []byte // last sent
 }
@@ -40,12 +42,20 @@ func (t *teller) tell(s DeviceStatus) {
 	t.own, t.said = s, true
 	if !same {
 		t.dirty = true
-		t.urgent = t.urgent || s.State != t.state
+		t.urgent = t.urgent || s.State != t.spoken.State || !sameRanks(s.Holdings, t.spoken.Holdings)
 	}
 	t.mu.Unlock()
 	if !same {
 		t.poke()
 	}
+}
+
+// sameRanks says whether both lists put the device in the same places. How much
+// it holds changes all the time and can wait; where it stands decides who takes from whom.
+func sameRanks(a, b []swarm.Holding) bool {
+	return slices.EqualFunc(a, b, func(x, y swarm.Holding) bool {
+		return x.Image == y.Image && x.Rank == y.Rank && x.Complete == y.Complete
+	})
 }
 
 // again sends the status anew because something the mesh adds to it changed.
@@ -127,7 +137,7 @@ func (t *teller) sign(now time.Time) ([]byte, error) {
 			s.Addrs = append(s.Addrs, at.String())
 		}
 	}
-	t.dirty, t.urgent, t.state, t.sent = false, false, s.State, now
+	t.dirty, t.urgent, t.spoken, t.sent = false, false, s, now
 	signed, err := signStatus(t.m.key, t.m.cfg.Group, s)
 	if err == nil {
 		t.signed = signed

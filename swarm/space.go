@@ -11,6 +11,13 @@ import (
 	"meshupd/verify"
 )
 
+// SetReserve changes how many bytes of the file system must stay free, from the next check on.
+func (s *Store) SetReserve(bytes int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.cfg.Reserve = bytes
+}
+
 // CheckSpace says whether the missing bytes of these images fit, as E-SPACE or
 // nil. What a started image already occupies is not counted twice, and what other
 // transfers still have to write is counted as gone: two transfers that each fit

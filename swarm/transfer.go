@@ -16,6 +16,10 @@ import (
 const (
 	// claimAfter is how long a device waits for a first word of others before it takes a rank on its own.
 	claimAfter = 2 * time.Second
+	// settleTime is how long a device that took its rank listens before it dials: when a release arrives the whole site
+	// takes ranks at once, and who dials on the first word takes from the importer and sends it a second copy's worth of
+	// requests until it has heard of its neighbours in the order.
+	settleTime = 100 * time.Millisecond
 	// connectPatience is for a stream and its handshake.
 	connectPatience = 2 * time.Second
 	// stallAfter is how long a parent that has what is wanted may send next to nothing.
@@ -68,19 +72,20 @@ type transfer struct {
 	bytes *bytesOf // set before the engine knows of the transfer, then constant
 	want  *window  // likewise
 
-	mu      sync.Mutex
-	opened  bool
-	err     error
-	failAt  time.Time
-	claimed bool
-	rank    uint32
-	whole   bool
-	links   map[*peerAddr]*link
-	parent  *link // whom the image is taken from
-	former  *link // the one before, until the new one has sent a piece
-	trying  *peerAddr
-	leaving []*peerAddr // to be hung up by steer
-	counts  counts
+	mu        sync.Mutex
+	opened    bool
+	err       error
+	failAt    time.Time
+	claimed   bool
+	claimedAt time.Time
+	rank      uint32
+	whole     bool
+	links     map[*peerAddr]*link
+	parent    *link // whom the image is taken from
+	former    *link // the one before, until the new one has sent a piece
+	trying    *peerAddr
+	leaving   []*peerAddr // to be hung up by steer
+	counts    counts
 
 	suspects map[string]suspicion
 	retryAt  map[string]time.Time // not dialled before then
@@ -290,6 +295,9 @@ const (
 func (t *transfer) nextLook(now time.Time) (time.Duration, bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if settling := t.claimedAt.Add(settleTime).Sub(now); t.claimed && settling > 0 {
+		return settling, true
+	}
 	if len(t.links) == 0 && t.trying == nil && (t.whole || t.claimed && len(t.retryAt) == 0 && len(t.suspects) == 0) {
 		return 0, false
 	}
@@ -329,7 +337,7 @@ func (t *transfer) claim(now time.Time, others site) bool {
 	if t.claimed || (len(others) == 0 && now.Sub(t.begun) < claimAfter) {
 		return false
 	}
-	t.claimed, t.rank = true, others.claim()
+	t.claimed, t.rank, t.claimedAt = true, others.claim(), now
 	return true
 }
 
@@ -442,7 +450,7 @@ func (t *transfer) wanted(now time.Time, others site) string {
 			delete(t.suspects, id)
 		}
 	}
-	if t.whole || !t.claimed || have == t.g.size {
+	if t.whole || !t.claimed || have == t.g.size || now.Sub(t.claimedAt) < settleTime {
 		return ""
 	}
 	slack := slackBytes + int64(t.counts.downRate(now)*slackTime.Seconds())

@@ -30,6 +30,8 @@ const (
 	CodeExpired    Code = "E-EXPIRED"     // past its own date by proven time
 	CodeCritical   Code = "E-CRITICAL"    // a critical field that this version does not know
 	CodeRecalled   Code = "E-RECALLED"    // withdrawn by the publisher
+	CodeDevKey     Code = "E-DEV-KEY"     // a development key signed what is for real devices
+	CodeMeshupd    Code = "E-MESHUPD"     // needs a newer meshupd than runs here
 	CodeFork       Code = "E-FORK"        // two signed documents claim one place in the order
 	CodeFailedHere Code = "E-FAILED-HERE" // this image already failed on this device
 	CodeHealth     Code = "E-HEALTH"      // the health check did not pass in time

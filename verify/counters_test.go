@@ -2,6 +2,7 @@ package verify
 
 import (
 	"bytes"
+	"reflect"
 	"testing"
 	"time"
 )
@@ -10,6 +11,7 @@ func FuzzCounters(f *testing.F) {
 	good, err := encodeCounters(counterRecord{
 		Format: counterFormat, Generation: 7, Counters: Counters{Line: 2, Accepted: 9, Floor: 8},
 		AcceptedID: Digest{1}, Proven: time.Unix(1_800_000_000, 0).UTC(),
+		Recalled: []Digest{{2}, {3}}, Alarms: []Alarm{{CodeFork, "release 2.9", Digest{1}, Digest{4}}},
 	})
 	if err != nil {
 		f.Fatal(err)
@@ -30,7 +32,7 @@ func FuzzCounters(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if again, err := parseCounters(out); err != nil || again != r {
+		if again, err := parseCounters(out); err != nil || !reflect.DeepEqual(again, r) {
 			t.Fatalf("came back as %+v, %v", again, err)
 		}
 	})

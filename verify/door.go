@@ -20,14 +20,27 @@ import (
 // DoorConfig says where a device keeps its trust.
 type DoorConfig struct {
 	Dir     string // durable state: newest trust chain, counters in two copies
-	Anchor  string // factory folder with trust.N.json, trust.N.sig and certs/; read-only
+	Anchor  string // factory folder with trust.N.json, trust.N.sig and certs/, and perhaps a BakedFile; read-only
 	Product string // must be the anchor's; empty: whatever the anchor says
+	// Baked are counters below which the device must not fall, as a BakedFile; the higher of both holds.
+	Baked Counters
+	// BuildTime is when this program or image was made: the earliest time it can
+	// be. Zero: unknown. No document proves a time more than 20 years later, so
+	// that a slip of the pen in a signed date cannot make everything expire.
+	BuildTime time.Time
+
+	write writer // nil: durable.WriteFile
 }
+
+// maxAhead is how many years after the build a signed date may move proven time.
+const maxAhead = 20
 
 // Door is the one way from unverified bytes to a Release. Safe for concurrent use.
 type Door struct {
 	dir     string
 	product string
+	built   time.Time
+	write   writer
 	damage  string // why the stored chain was not used to its end, for people
 
 	mu       sync.Mutex // owns the fields below and the files in dir
@@ -35,21 +48,16 @@ type Door struct {
 	counters *counterStore
 }
 
-const trustFolder = "trust"
+// trustFolders hold the learned chain twice, so that a bad sector costs nothing.
+var trustFolders = [2]string{"trust", "trust.copy"}
 
 // OpenDoor loads and re-verifies the trust that the device has: the factory's
 // chain, and the longer one it has learned since if that continues the factory's.
 // Errors are Refusals: E-TRUST or E-FORMAT (the anchor cannot be used), E-PRODUCT,
 // E-IO.
 func OpenDoor(cfg DoorConfig) (*Door, error) {
-	kept := filepath.Join(cfg.Dir, trustFolder)
-	for _, dir := range []string{cfg.Dir, kept, filepath.Join(kept, "certs")} {
-		if err := durable.MkdirAll(dir, 0o755); err != nil {
-			return nil, Refuse(CodeIO, "open the trust state: %w", err)
-		}
-		if err := durable.Sweep(dir); err != nil {
-			return nil, Refuse(CodeIO, "open the trust state: %w", err)
-		}
+	if err := sweepState(cfg.Dir); err != nil {
+		return nil, err
 	}
 	chain, err := loadChain(nil, cfg.Anchor)
 	if err != nil {
@@ -58,18 +66,80 @@ func OpenDoor(cfg DoorConfig) (*Door, error) {
 	if len(chain) == 0 {
 		return nil, Refuse(CodeTrust, "the trust anchor %s has no trust.1.json", cfg.Anchor)
 	}
-	d := &Door{dir: cfg.Dir, product: chain[0].Product}
+	d := &Door{dir: cfg.Dir, product: chain[0].Product, built: cfg.BuildTime.UTC(), write: cfg.write}
+	if d.write == nil {
+		d.write = durable.WriteFile
+	}
 	if cfg.Product != "" && cfg.Product != d.product {
 		return nil, Refuse(CodeProduct, "the trust anchor is for product %s, this device is %s", d.product, cfg.Product)
 	}
-	if d.chain, err = loadChain(chain, kept); err != nil {
-		// What was learned can be learned again; the factory's part holds meanwhile.
-		d.damage = err.Error()
-	}
-	if d.counters, err = openCounters(cfg.Dir); err != nil {
+	if err := d.loadLearned(chain); err != nil {
 		return nil, err
 	}
-	return d, nil
+	return d, d.loadCounters(cfg)
+}
+
+func sweepState(dir string) error {
+	dirs := []string{dir}
+	for _, name := range trustFolders {
+		kept := filepath.Join(dir, name)
+		dirs = append(dirs, kept, filepath.Join(kept, "certs"))
+	}
+	for _, dir := range dirs {
+		if err := durable.MkdirAll(dir, 0o755); err != nil {
+			return Refuse(CodeIO, "open the trust state: %w", err)
+		}
+		if err := durable.Sweep(dir); err != nil {
+			return Refuse(CodeIO, "open the trust state: %w", err)
+		}
+	}
+	return nil
+}
+
+// loadLearned continues the factory's chain by what was learned since: the longer
+// of both copies. A copy that is behind is written again.
+func (d *Door) loadLearned(factory trustChain) error {
+	d.chain = factory
+	var lengths [len(trustFolders)]int
+	for i, name := range trustFolders {
+		chain, err := loadChain(factory, filepath.Join(d.dir, name))
+		if err != nil {
+			// What was learned can be learned again; what holds is used meanwhile.
+			d.damage = err.Error()
+		}
+		lengths[i] = len(chain)
+		if len(chain) > len(d.chain) {
+			d.chain = chain
+		}
+	}
+	for _, n := range lengths {
+		if n < len(d.chain) && len(d.chain) > len(factory) {
+			// The other copy had it all.
+			d.damage = ""
+			return d.keep(d.chain)
+		}
+	}
+	return nil
+}
+
+// loadCounters reads the counters and raises them to what is built in.
+func (d *Door) loadCounters(cfg DoorConfig) error {
+	var err error
+	if d.counters, err = openCounters(cfg.Dir, d.write); err != nil {
+		return err
+	}
+	baked, err := readBaked(cfg.Anchor)
+	if err != nil {
+		return err
+	}
+	for _, c := range []Counters{baked, cfg.Baked} {
+		if next, same := d.counters.record.atLeast(c); !same {
+			if err := d.counters.raise(next); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // loadChain reads and verifies a chain from a folder. A chain in hand must agree
@@ -143,37 +213,80 @@ func (f *folder) readSmall(name string, limit int64) ([]byte, error) {
 
 // Check verifies a head: continues the trust chain (and keeps a newer document
 // durably, even when the release itself is then refused: news about keys is worth
-// having), then signatures, product, line and dates, then the piece tables. It
-// does not touch the counters. Errors are Refusals, or that of ctx.
+// having), then signatures, product, line and dates, recalls, then the piece
+// tables. It does not touch the counters. Errors are Refusals, or that of ctx.
 func (d *Door) Check(ctx context.Context, h *UnverifiedHead) (*Release, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	return d.judge(ctx, h, new(ledger))
+}
+
+// Explain is Check with its reasons: every rule in its order and what came of it,
+// to the one that refused, and also those of Accept and, when dev has a product,
+// of Release.Fits. It accepts nothing. The error is that of the refusal.
+func (d *Door) Explain(ctx context.Context, h *UnverifiedHead, dev Device) (*Release, []Rule, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var l ledger
+	rel, err := d.judge(ctx, h, &l)
+	if err != nil {
+		return nil, l.full(), err
+	}
+	_, _, err = d.counters.record.accept(rel)
+	c := d.counters.record.Counters
+	if l.hold(ruleOrder, err, "%d.%d, accepted so far is %d.%d", rel.manifest.Line, rel.manifest.Seq, c.Line, c.Accepted) != nil {
+		return nil, l.full(), err
+	}
+	if dev.Product == "" {
+		return rel, l.rules, nil
+	}
+	if err := rel.Fits(dev); l.hold(ruleDevice, err, "hardware %s", dev.Hardware) != nil {
+		return nil, l.full(), err
+	}
+	return rel, l.rules, nil
+}
+
+func (d *Door) judge(ctx context.Context, h *UnverifiedHead, l *ledger) (*Release, error) {
 	chain, err := d.continueChain(ctx, h)
+	if l.hold(ruleChain, err, "%d documents here, %d came along", len(chain), len(h.trust)) != nil {
+		return nil, err
+	}
+	m, signers, err := chain.checkManifest(d.product, h.manifest, h.signature, l)
 	if err != nil {
 		return nil, err
 	}
-	m, signers, err := chain.checkManifest(d.product, h.manifest, h.signature)
-	if err != nil {
+	proven := d.provenTime()
+	if err := checkNotAfter(&m, proven); l.hold(ruleNotAfter, err, "proven time is %s", day(proven)) != nil {
 		return nil, err
 	}
-	proven := d.counters.record.Proven
-	if p := chain.provenTime(); p.After(proven) {
-		proven = p
+	rel := &Release{manifest: m, id: sha256.Sum256(h.manifest), signers: signers}
+	if d.counters.record.recalled(rel) {
+		err = Refuse(CodeRecalled, "the publisher withdrew version %s", m.Version)
 	}
-	if m.NotAfter != nil && (m.NotAfter.Before(proven) || m.NotAfter.Before(m.IssuedAt)) {
-		return nil, Refuse(CodeExpired, "the release was good until %s", m.NotAfter.Format(time.RFC3339))
-	}
-	tables, err := h.checkTables(m)
-	if err != nil {
+	if l.hold(ruleRecalled, err, "%d digests are withdrawn", len(d.counters.record.Recalled)) != nil {
 		return nil, err
 	}
-	return &Release{
-		manifest: m,
-		id:       sha256.Sum256(h.manifest),
-		tables:   tables,
-		signers:  signers,
-		head:     d.outgoing(h).Bytes(),
-	}, nil
+	rel.tables, err = h.checkTables(m)
+	if l.hold(ruleTables, err, "%d images", len(m.Images)) != nil {
+		return nil, err
+	}
+	rel.head = d.outgoing(h).Bytes()
+	return rel, nil
+}
+
+// provenTime is a time before which it cannot be: the build, and every date that
+// a trusted signature vouches for. It never falls and no clock takes part.
+func (d *Door) provenTime() time.Time {
+	p := d.built
+	for _, t := range []time.Time{d.chain.provenTime(), d.counters.record.Proven} {
+		if t.After(p) {
+			p = t
+		}
+	}
+	if latest := d.built.AddDate(maxAhead, 0, 0); !d.built.IsZero() && p.After(latest) {
+		return latest
+	}
+	return p
 }
 
 // continueChain verifies what the head adds to the chain and keeps it.
@@ -188,79 +301,122 @@ func (d *Door) continueChain(ctx context.Context, h *UnverifiedHead) (trustChain
 	for _, c := range h.certs {
 		certs[sha256.Sum256(c)] = c
 	}
+	cert := func(d Digest) []byte { return certs[d] }
 	chain := d.chain
+	var fork error
 	for i, doc := range h.trust {
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
 		if i < len(chain) {
-			if !bytes.Equal(doc.document, chain[i].raw) {
-				return nil, Refuse(CodeTrust, "trust document %d differs from the one this device holds", i+1)
+			if fork == nil && !bytes.Equal(doc.document, chain[i].raw) {
+				if fork = d.noteFork(i, doc, cert); CodeOf(fork) != CodeFork {
+					return nil, fork
+				}
 			}
 			continue
 		}
-		var err error
-		if chain, err = chain.extend(doc, func(d Digest) []byte { return certs[d] }); err != nil {
+		longer, err := chain.extend(doc, cert)
+		switch {
+		case err != nil && fork != nil:
+			return nil, fork
+		case err != nil:
 			return nil, err
 		}
+		chain = longer
 	}
-	pinned := chain[:len(h.trust)].certs()
-	for digest := range certs {
-		if pinned[digest] == nil {
-			return nil, Refuse(CodeBundle, "%s belongs to no trust document", CertificateName(digest))
-		}
+	// A later document that both sides of a fork lead to settles it: each device keeps its own middle.
+	if last := len(h.trust) - 1; fork != nil && !bytes.Equal(h.trust[last].document, chain[last].raw) {
+		return nil, fork
 	}
-	if len(certs) != len(pinned) {
-		return nil, Refuse(CodeBundle, "a certificate that a trust document pins is missing")
+	if err := checkPinned(chain[:len(h.trust)].certs(), certs); fork == nil && err != nil {
+		return nil, err
 	}
 	if len(chain) > len(d.chain) {
 		if err := d.keep(chain); err != nil {
 			return nil, err
 		}
-		d.chain = chain
 	}
 	return chain, nil
+}
+
+// checkPinned compares the certificates that came with those that are pinned.
+func checkPinned(pinned, came map[Digest][]byte) error {
+	for digest := range came {
+		if pinned[digest] == nil {
+			return Refuse(CodeBundle, "%s belongs to no trust document", CertificateName(digest))
+		}
+	}
+	if len(came) != len(pinned) {
+		return Refuse(CodeBundle, "a certificate that a trust document pins is missing")
+	}
+	return nil
+}
+
+// noteFork is about a document that differs from the one in its place here. When
+// it is as good as ours, the alarm is kept and the answer E-FORK; else it is E-TRUST.
+func (d *Door) noteFork(at int, doc unverifiedTrust, cert func(Digest) []byte) error {
+	ours, other := Digest(sha256.Sum256(d.chain[at].raw)), Digest(sha256.Sum256(doc.document))
+	next, same := d.counters.record.alarm(Alarm{CodeFork, fmt.Sprintf("trust document %d", at+1), ours, other})
+	if _, err := d.chain[:at].extend(doc, cert); err != nil {
+		return Refuse(CodeTrust, "trust document %d differs from the one this device holds: %w", at+1, err)
+	}
+	if !same {
+		if err := d.counters.raise(next); err != nil {
+			return err
+		}
+	}
+	return Refuse(CodeFork, "two signed documents claim to be trust document %d: %s, which came first here, and %s", at+1, ours, other)
 }
 
 // foreign explains a head whose trust starts with another document. Nothing it
 // says about keys is believed; our own keys decide what to call it, so that a
 // stranger's release is E-SIG-KEY and the publisher's release for another product E-PRODUCT.
 func (d *Door) foreign(h *UnverifiedHead) error {
-	if _, _, err := d.chain.checkManifest(d.product, h.manifest, h.signature); err != nil {
+	if _, _, err := d.chain.checkManifest(d.product, h.manifest, h.signature, new(ledger)); err != nil {
 		return err
 	}
 	return Refuse(CodeTrust, "the release comes with another trust root than this device has")
 }
 
-// keep writes the documents that the folder lacks. Each is written after what it
-// needs (certificates, signature), so a cut leaves a shorter chain, never a broken one.
+// keep writes the documents that the folders lack, one document after the other
+// into both. Each is written after what it needs (certificates, signature), so a
+// cut leaves a shorter chain, never a broken one; and what is durable counts at once.
 func (d *Door) keep(chain trustChain) error {
-	dir := filepath.Join(d.dir, trustFolder)
+	for i, t := range chain {
+		for _, name := range trustFolders {
+			if err := d.keepOne(filepath.Join(d.dir, name), i+1, t); err != nil {
+				return err
+			}
+		}
+		if i >= len(d.chain) {
+			d.chain = chain[:i+1]
+		}
+	}
+	return nil
+}
+
+func (d *Door) keepOne(dir string, epoch int, t *trusted) error {
 	write := func(name string, data []byte) error {
 		path := filepath.Join(dir, filepath.FromSlash(name))
 		if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, data) {
 			return nil
 		}
-		if err := durable.WriteFile(path, data, 0o644); err != nil {
+		if err := d.write(path, data, 0o644); err != nil {
 			return Refuse(CodeIO, "keep the trust chain: %w", err)
 		}
 		return nil
 	}
-	for i, t := range chain {
-		pinned := trustChain{t}.certs()
-		for _, digest := range slices.SortedFunc(maps.Keys(pinned), compareDigests) {
-			if err := write(CertificateName(digest), pinned[digest]); err != nil {
-				return err
-			}
-		}
-		if err := write(fmt.Sprintf("trust.%d.sig", i+1), t.signature); err != nil {
-			return err
-		}
-		if err := write(fmt.Sprintf("trust.%d.json", i+1), t.raw); err != nil {
+	pinned := trustChain{t}.certs()
+	for _, digest := range slices.SortedFunc(maps.Keys(pinned), compareDigests) {
+		if err := write(CertificateName(digest), pinned[digest]); err != nil {
 			return err
 		}
 	}
-	return nil
+	if err := write(fmt.Sprintf("trust.%d.sig", epoch), t.signature); err != nil {
+		return err
+	}
+	return write(fmt.Sprintf("trust.%d.json", epoch), t.raw)
 }
 
 // outgoing is the head as this device hands it on: with its own chain, which is
@@ -304,8 +460,9 @@ func (h *UnverifiedHead) checkTables(m Manifest) (map[Digest]*PieceTable, error)
 }
 
 // Accept raises the accepted counter to rel, durably, or refuses with E-ORDER
-// (older than accepted, or of a line that is no longer in force) or E-FORK (same
-// place, other manifest). Accepting the same release again is fine.
+// (older than accepted, or of a line that is no longer in force), E-RECALLED, or
+// E-FORK (same place, other manifest; an Alarm stays). What rel recalls is
+// recalled in the same write. Accepting the same release again is fine.
 func (d *Door) Accept(rel *Release) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -314,10 +471,58 @@ func (d *Door) Accept(rel *Release) error {
 			rel.manifest.Line, rel.manifest.Seq, t.Line, t.MinSeq)
 	}
 	next, same, err := d.counters.record.accept(rel)
-	if err != nil || same {
+	if same {
 		return err
 	}
-	return d.counters.raise(next)
+	return errors.Join(err, d.counters.raise(next))
+}
+
+// AllowVia says whether rel may be kept and installed although newer releases
+// were accepted: nil when it is a stepping stone, named by the Via chain of goal,
+// and goal is the release that was accepted last. It raises nothing. find returns
+// the manifests of releases that came through this door. It refuses with E-ORDER
+// or E-RECALLED.
+func (d *Door) AllowVia(goal, rel *Release, find func(Digest) (Manifest, bool)) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	r := &d.counters.record
+	if r.recalled(rel) {
+		return Refuse(CodeRecalled, "the publisher withdrew version %s", rel.manifest.Version)
+	}
+	m := &rel.manifest
+	if goal.id == r.AcceptedID && m.Line == r.Line && slices.Contains(Stones(goal.manifest, find), rel.id) {
+		return nil
+	}
+	return Refuse(CodeOrder, "the release has place %d.%d in the order, %d.%d was already accepted and does not lead through it",
+		m.Line, m.Seq, r.Line, r.Accepted)
+}
+
+// Recalled says whether the publisher withdrew this manifest or image.
+func (d *Door) Recalled(digest Digest) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Contains(d.counters.record.Recalled, digest)
+}
+
+// Withdrawn says whether the publisher withdrew the release or one of its images.
+func (d *Door) Withdrawn(rel *Release) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.counters.record.recalled(rel)
+}
+
+// Alarms lists what was found of two signed documents in one place, oldest first.
+func (d *Door) Alarms() []Alarm {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Clone(d.counters.record.Alarms)
+}
+
+// ProvenTime is a time before which it cannot be, by signed documents and the build alone.
+func (d *Door) ProvenTime() time.Time {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.provenTime()
 }
 
 // Confirmed raises the floor to rel, durably.
@@ -364,7 +569,7 @@ func (d *Door) Trust() TrustInfo {
 		Damage:    d.damage,
 	}
 	for _, c := range t.release.certs {
-		info.Keys = append(info.Keys, Signer{Name: c.name, Fingerprint: c.fingerprint})
+		info.Keys = append(info.Keys, c.signer())
 	}
 	return info
 }

@@ -136,10 +136,27 @@ func TestDamagedTrustStateFallsBackToTheFactory(t *testing.T) {
 	head := s.signed(s.manifest(1), a)
 	_, err := s.door(anchor, state).Check(t.Context(), head)
 	wantCode(t, err, "")
-	path := filepath.Join(state, "trust", "trust.2.json")
-	if err := os.WriteFile(path, []byte("junk"), 0o644); err != nil {
-		t.Fatal(err)
+	first, second := filepath.Join(state, "trust", "trust.2.json"), filepath.Join(state, "trust.copy", "trust.2.json")
+	damage := func(paths ...string) {
+		t.Helper()
+		for _, path := range paths {
+			if err := os.WriteFile(path, []byte("junk"), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
+	// One copy is enough, and brings the other one back.
+	for _, path := range []string{first, second} {
+		good := readFile(t, path)
+		damage(path)
+		if got := s.door(anchor, state).Trust(); got.Epoch != 2 || got.Damage != "" {
+			t.Fatalf("with damage to %s trust is %+v", path, got)
+		}
+		if !bytes.Equal(readFile(t, path), good) {
+			t.Fatalf("%s was not repaired", path)
+		}
+	}
+	damage(first, second)
 	door := s.door(anchor, state)
 	if got := door.Trust(); got.Epoch != 1 || got.Damage == "" {
 		t.Fatalf("trust is %+v", got)

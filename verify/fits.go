@@ -2,7 +2,6 @@ package verify
 
 import (
 	"cmp"
-	"slices"
 
 	"github.com/Masterminds/semver/v3"
 )
@@ -13,25 +12,30 @@ type Device struct {
 	Hardware string
 	Channel  string // "" follows every channel
 	Running  string // version that runs now; "" when unknown
+	Meshupd  string // version of meshupd itself; "" or no semantic version when unknown
 }
 
 // Fits says whether the release is for this device, as a Refusal (E-PRODUCT,
-// E-HARDWARE, E-CHANNEL, E-REQUIRES, E-DOWNGRADE) or nil. An unknown running
-// version is never a downgrade, but it meets no requirement either.
-func (r *Release) Fits(dev Device) error {
-	m := &r.manifest
+// E-HARDWARE, E-CHANNEL, E-MESHUPD, E-REQUIRES, E-DOWNGRADE) or nil. An unknown
+// running version is never a downgrade, but it meets no requirement either.
+func (r *Release) Fits(dev Device) error { return r.manifest.Fits(dev) }
+
+// Fits is Release.Fits, for deciding over manifests alone.
+func (m *Manifest) Fits(dev Device) error {
 	switch {
 	case m.Product != dev.Product:
 		return Refuse(CodeProduct, "the release is for product %s, this device is %s", m.Product, dev.Product)
-	case len(r.ImagesFor(dev.Hardware)) == 0:
+	case len(m.ImagesFor(dev.Hardware)) == 0:
 		return Refuse(CodeHardware, "the release has no image for hardware %q", dev.Hardware)
 	case dev.Channel != "" && m.Channel != dev.Channel:
 		return Refuse(CodeChannel, "the release is of channel %s, this device follows %s", m.Channel, dev.Channel)
+	case m.MinMeshupd != "" && !atLeast(dev.Meshupd, m.MinMeshupd):
+		return Refuse(CodeMeshupd, "the release needs meshupd %s, this device has %s", m.MinMeshupd, cmp.Or(dev.Meshupd, "an unknown version"))
 	}
 	running, err := semver.StrictNewVersion(dev.Running)
 	known := err == nil
 	if m.Requires != "" && !(known && satisfies(m.Requires, running)) {
-		return r.requires(dev.Running)
+		return m.requires(dev.Running)
 	}
 	if known && !m.Downgrade {
 		// The manifest's version was read when the manifest was checked.
@@ -42,8 +46,7 @@ func (r *Release) Fits(dev Device) error {
 	return nil
 }
 
-func (r *Release) requires(running string) error {
-	m := &r.manifest
+func (m *Manifest) requires(running string) error {
 	if running == "" {
 		running = "an unknown version"
 	}
@@ -64,23 +67,31 @@ func satisfies(constraint string, v *semver.Version) bool {
 	return c.Check(v)
 }
 
+// atLeast takes a version with a leading v, as Go stamps it into a build.
+func atLeast(have, want string) bool {
+	h, err := semver.NewVersion(have)
+	if err != nil {
+		return false
+	}
+	w, err := semver.StrictNewVersion(want)
+	return err == nil && !h.LessThan(w)
+}
+
 // ImagesFor lists the images of the release for this hardware, in the manifest's order.
-func (r *Release) ImagesFor(hardware string) []Image {
+func (r *Release) ImagesFor(hardware string) []Image { return r.manifest.ImagesFor(hardware) }
+
+// ImagesFor is Release.ImagesFor, for deciding over manifests alone.
+func (m *Manifest) ImagesFor(hardware string) []Image {
 	var out []Image
-	if !serves(r.manifest.Hardware, hardware) {
+	if !serves(m.Hardware, hardware) {
 		return nil
 	}
-	for _, img := range r.manifest.Images {
+	for _, img := range m.Images {
 		if serves(img.Hardware, hardware) {
 			out = append(out, img)
 		}
 	}
 	return out
-}
-
-// serves reports whether a hardware list includes hw; an empty list includes all.
-func serves(list []string, hw string) bool {
-	return len(list) == 0 || slices.Contains(list, hw)
 }
 
 // Compare orders releases by (line, seq): -1, 0 or 1.

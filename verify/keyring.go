@@ -81,12 +81,25 @@ func (s KeySet) resolve(role string, cert func(Digest) []byte) (keyring, error) 
 // and a document may be signed for two sets of keys at once. When too few hold,
 // the code is that of the most telling failure: E-SIG-BAD, E-SIG-PROFILE, else E-SIG-KEY.
 func (ring keyring) check(data, signature []byte, what string) ([]Signer, error) {
+	signers, worst, err := ring.count(data, signature)
+	switch {
+	case err != nil:
+		return nil, err
+	case len(signers) >= ring.threshold:
+		return signers, nil
+	case worst != nil:
+		return nil, worst
+	}
+	return nil, Refuse(CodeSigKey, "%s is signed by %d of the %d keys it needs", what, len(signers), ring.threshold)
+}
+
+// count lists the keys of the ring that signed data, and the most telling failure
+// among the signatures by keys of the ring that do not count.
+func (ring keyring) count(data, signature []byte) (signers []Signer, worst, err error) {
 	sigs, err := readSignatures(signature)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	var signers []Signer
-	var worst error
 	used := map[Digest]bool{} // key pairs that already counted
 	for _, s := range sigs {
 		signer, err := ring.signer(s, data, used)
@@ -97,13 +110,19 @@ func (ring keyring) check(data, signature []byte, what string) ([]Signer, error)
 			signers = append(signers, *signer)
 		}
 	}
-	if len(signers) >= ring.threshold {
-		return signers, nil
+	return signers, worst, nil
+}
+
+// Signers lists the keys of the set that signed data, however few they are: for a
+// publisher's tools, which collect signatures one by one. cert returns nil for a
+// certificate that is not there. Errors are Refusals; no signature is none.
+func (s KeySet) Signers(data, signature []byte, cert func(Digest) []byte) ([]Signer, error) {
+	ring, err := s.resolve("signing", cert)
+	if err != nil || len(signature) == 0 {
+		return nil, err
 	}
-	if worst != nil {
-		return nil, worst
-	}
-	return nil, Refuse(CodeSigKey, "%s is signed by %d of the %d keys it needs", what, len(signers), ring.threshold)
+	signers, _, err := ring.count(data, signature)
+	return signers, err
 }
 
 // signer returns whom a signature adds to the count: nil when it is by an
@@ -132,7 +151,8 @@ func (ring keyring) signer(s signaturePacket, data []byte, used map[Digest]bool)
 			return nil, nil
 		}
 		used[primary], used[signing] = true, true
-		return &Signer{Name: c.name, Fingerprint: c.fingerprint}, nil
+		s := c.signer()
+		return &s, nil
 	}
 	return nil, failure
 }

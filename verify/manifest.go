@@ -6,22 +6,23 @@ import "time"
 type Manifest struct {
 	Format     string     `json:"format"` // ManifestFormat
 	Product    string     `json:"product"`
-	Hardware   []string   `json:"hardware,omitempty"` // empty: any hardware of the product
+	Hardware   []string   `json:"hardware,omitempty"` // names or patterns such as rev-*; empty: any hardware of the product
 	Channel    string     `json:"channel"`
 	Version    string     `json:"version"` // semver, for people and for Requires
 	Line       uint64     `json:"line"`    // releases are ordered by (Line, Seq)
 	Seq        uint64     `json:"seq"`     // 1 to 2^53-1
 	TrustEpoch uint64     `json:"trust_epoch"`
 	Requires   string     `json:"requires,omitempty"` // semver constraint on the running version
+	MinMeshupd string     `json:"min_meshupd,omitempty"`
 	Via        *Via       `json:"via,omitempty"`
 	IssuedAt   time.Time  `json:"issued_at"` // RFC 3339, UTC, whole seconds
 	NotAfter   *time.Time `json:"not_after,omitempty"`
 	Downgrade  bool       `json:"downgrade,omitempty"` // an older version on purpose
 	Critical   []string   `json:"critical,omitempty"`  // fields that must be understood
 	Notes      []string   `json:"notes,omitempty"`
-	Images     []Image    `json:"images"`
-	Recalls    []Digest   `json:"recalls,omitempty"`
-	SBOM       *Digest    `json:"sbom,omitempty"`
+	Images     []Image    `json:"images"`            // may be empty only beside Recalls
+	Recalls    []Digest   `json:"recalls,omitempty"` // of manifests or images that are withdrawn
+	SBOM       *Digest    `json:"sbom,omitempty"`    // of a software bill of materials beside the manifest
 }
 
 // ManifestFormat is the value of Manifest.Format that this version reads and writes.

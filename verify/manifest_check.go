@@ -28,11 +28,10 @@ const (
 )
 
 // understood lists the fields that may be named in Critical. A field is here
-// when this version acts on it, not merely when it can read it: "recalls" is
-// parsed but nothing acts on it yet, so a publisher who insists on it is refused.
+// when this version acts on it, not merely when it can read it.
 var understood = []string{
-	"format", "product", "hardware", "channel", "version", "line", "seq", "trust_epoch", "requires", "via",
-	"issued_at", "not_after", "downgrade", "critical", "notes", "images", "sbom",
+	"format", "product", "hardware", "channel", "version", "line", "seq", "trust_epoch", "requires", "via", "min_meshupd",
+	"issued_at", "not_after", "downgrade", "critical", "notes", "images", "recalls", "sbom",
 }
 
 // ParseUnverifiedManifest reads a manifest strictly. That it parses says nothing
@@ -55,6 +54,9 @@ func ParseUnverifiedManifest(raw []byte) (Manifest, error) {
 // EncodeManifest writes the bytes that get signed. It refuses what
 // ParseUnverifiedManifest would refuse.
 func EncodeManifest(m Manifest) ([]byte, error) {
+	if m.Images == nil {
+		m.Images = []Image{} // a list in JSON is never null
+	}
 	raw, err := encodeCanonical(m)
 	if err != nil {
 		return nil, Refuse(CodeFormat, "write the manifest: %w", err)
@@ -88,10 +90,13 @@ func (m *Manifest) check() error {
 		return Refuse(CodeFormat, "the manifest's issued_at is not a whole UTC second")
 	case m.NotAfter != nil && !isTime(*m.NotAfter):
 		return Refuse(CodeFormat, "the manifest's not_after is not a whole UTC second")
-	case len(m.Recalls) > maxRecalls:
-		return Refuse(CodeFormat, "the manifest recalls more than %d digests", maxRecalls)
+	case m.MinMeshupd != "" && !isVersion(m.MinMeshupd):
+		return Refuse(CodeFormat, "the manifest's min_meshupd %q is not a semantic version", clip(m.MinMeshupd))
 	}
-	if err := checkIDs("the manifest's hardware", m.Hardware); err != nil {
+	if err := m.checkRecalls(); err != nil {
+		return err
+	}
+	if err := checkHardware("the manifest's hardware", m.Hardware); err != nil {
 		return err
 	}
 	if err := m.checkPath(); err != nil {
@@ -119,7 +124,26 @@ func (m *Manifest) checkPath() error {
 	return nil
 }
 
+// checkRecalls also keeps a release from withdrawing itself, which could mean anything.
+func (m *Manifest) checkRecalls() error {
+	if len(m.Recalls) > maxRecalls {
+		return Refuse(CodeFormat, "the manifest recalls more than %d digests", maxRecalls)
+	}
+	for _, d := range m.Recalls {
+		if d.IsZero() {
+			return Refuse(CodeFormat, "the manifest recalls an empty digest")
+		}
+		if slices.ContainsFunc(m.Images, func(img Image) bool { return img.SHA256 == d }) {
+			return Refuse(CodeFormat, "the manifest recalls an image of its own")
+		}
+	}
+	return nil
+}
+
 func (m *Manifest) checkImages() error {
+	if len(m.Images) == 0 && len(m.Recalls) > 0 {
+		return nil
+	}
 	if len(m.Images) < 1 || len(m.Images) > maxImages {
 		return Refuse(CodeFormat, "the manifest has %d images, not 1 to %d", len(m.Images), maxImages)
 	}
@@ -144,7 +168,7 @@ func (img *Image) check() error {
 	if !isID(img.Name) {
 		return Refuse(CodeFormat, "the image name %q is not a name", clip(img.Name))
 	}
-	if err := checkIDs("the hardware of image "+img.Name, img.Hardware); err != nil {
+	if err := checkHardware("the hardware of image "+img.Name, img.Hardware); err != nil {
 		return err
 	}
 	switch {
@@ -184,13 +208,13 @@ func checkCritical(named, known []string) error {
 	return nil
 }
 
-func checkIDs(what string, ids []string) error {
-	if len(ids) > maxNames {
+func checkHardware(what string, list []string) error {
+	if len(list) > maxNames {
 		return Refuse(CodeFormat, "%s has more than %d entries", what, maxNames)
 	}
-	for _, id := range ids {
-		if !isID(id) {
-			return Refuse(CodeFormat, "%s: %q is not a name", what, clip(id))
+	for _, p := range list {
+		if !isPattern(p) {
+			return Refuse(CodeFormat, "%s: %q is not a name or pattern", what, clip(p))
 		}
 	}
 	return nil
@@ -212,14 +236,16 @@ func checkNotes(notes []string) error {
 	return nil
 }
 
-// isID reports whether s has the form [a-z0-9][a-z0-9._-]{0,63}.
+// isID reports whether s is a name: 1 to 64 of a-z, 0-9, '.', '_' and '-', with
+// a letter or digit at both ends and no two dots together. There is no second
+// spelling that looks the same: no upper case, no other alphabet, no dot at the end.
 func isID(s string) bool {
-	if s == "" || len(s) > 64 {
+	if s == "" || len(s) > 64 || strings.Contains(s, "..") {
 		return false
 	}
 	for i, c := range []byte(s) {
 		alnum := c >= 'a' && c <= 'z' || c >= '0' && c <= '9'
-		if !alnum && (i == 0 || c != '.' && c != '_' && c != '-') {
+		if !alnum && (i == 0 || i == len(s)-1 || c != '.' && c != '_' && c != '-') {
 			return false
 		}
 	}
@@ -238,14 +264,6 @@ func isVersion(s string) bool {
 func isTime(t time.Time) bool {
 	_, offset := t.Zone()
 	return offset == 0 && t.Nanosecond() == 0 && t.Unix() > 0 && t.Year() < 10000
-}
-
-// overlap reports whether two hardware lists have a device in common; an empty list is every device.
-func overlap(a, b []string) bool {
-	if len(a) == 0 || len(b) == 0 {
-		return true
-	}
-	return slices.ContainsFunc(a, func(s string) bool { return slices.Contains(b, s) })
 }
 
 // clip shortens foreign text before it gets into a message.

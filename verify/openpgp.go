@@ -44,6 +44,7 @@ type Certificate struct {
 	raw         []byte
 	fingerprint string
 	name        string
+	development bool
 }
 
 // ReadCertificate reads exactly one binary certificate. Errors are Refusals
@@ -71,12 +72,35 @@ func ReadCertificate(raw []byte) (cert *Certificate, err error) {
 	if entity.PrimaryKey.Version != 4 {
 		return nil, Refuse(CodeTrust, "%s has an OpenPGP key of version %d, not 4", what, entity.PrimaryKey.Version)
 	}
+	names := certifiedNames(entity)
 	return &Certificate{
 		entity:      entity,
 		raw:         bytes.Clone(raw),
 		fingerprint: strings.ToUpper(hex.EncodeToString(entity.PrimaryKey.Fingerprint)),
-		name:        entityName(entity),
+		name:        shownName(names),
+		development: slices.ContainsFunc(names, isDevelopment),
 	}, nil
+}
+
+// DevelopmentMark ends the name of a key that was made for trying things out.
+const DevelopmentMark = " DEVELOPMENT"
+
+// StableChannel is the channel of real devices: development keys do not count there.
+const StableChannel = "stable"
+
+// isDevelopment also looks before a mail address, where gpg puts it last.
+func isDevelopment(name string) bool {
+	if at := strings.LastIndex(name, " <"); at > 0 {
+		name = name[:at]
+	}
+	return strings.HasSuffix(name, DevelopmentMark)
+}
+
+// Development reports whether one of the key's names marks it as one for trying things out.
+func (c *Certificate) Development() bool { return c.development }
+
+func (c *Certificate) signer() Signer {
+	return Signer{Name: c.name, Fingerprint: c.fingerprint, Development: c.development}
 }
 
 // Fingerprint is the upper-case hex of the primary key.
@@ -91,14 +115,19 @@ func (c *Certificate) Bytes() []byte { return c.raw }
 // Digest is the SHA-256 of the exact bytes, as trust documents pin it.
 func (c *Certificate) Digest() Digest { return sha256.Sum256(c.raw) }
 
-// entityName is for people; control characters in it would reach terminals.
-func entityName(e *openpgp.Entity) string {
+// certifiedNames are the user ids that the key itself certifies.
+func certifiedNames(e *openpgp.Entity) []string {
 	var names []string
 	for name, id := range e.Identities {
 		if _, err := id.Verify(time.Time{}, profileConfig); err == nil {
 			names = append(names, name)
 		}
 	}
+	return names
+}
+
+// shownName is for people; control characters in it would reach terminals.
+func shownName(names []string) string {
 	if len(names) == 0 {
 		return ""
 	}

@@ -21,15 +21,15 @@ func sample(t *testing.T, name string) []byte {
 }
 
 func TestSamplesOfGpgHold(t *testing.T) {
-	data := sample(t, "manifest.json")
 	for _, name := range []string{"gpg-rsa3072", "gpg-ed25519", "gpg-nistp256", "release"} {
+		data := sample(t, "manifest.json")
 		cert, err := ReadCertificate(sample(t, name+".pgp"))
 		if err != nil {
 			t.Fatal(err)
 		}
 		sig := "manifest.sig"
 		if strings.HasPrefix(name, "gpg") {
-			sig = name + ".sig"
+			data, sig = sample(t, "manifest-gpg.json"), name+".sig"
 		}
 		raw := sample(t, sig)
 		if err := cert.CheckSignature(data, raw); err != nil {
@@ -47,7 +47,7 @@ func TestWeakKeysOfGpgAreRefused(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := cert.CheckSignature(sample(t, "manifest.json"), sample(t, name+".sig")); CodeOf(err) != CodeSigProfile {
+		if err := cert.CheckSignature(sample(t, "manifest-gpg.json"), sample(t, name+".sig")); CodeOf(err) != CodeSigProfile {
 			t.Errorf("%s: %v, want E-SIG-PROFILE", name, err)
 		}
 	}

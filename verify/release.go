@@ -14,6 +14,7 @@ type Release struct {
 type Signer struct {
 	Name        string `json:"name"`
 	Fingerprint string `json:"fingerprint"` // upper-case hex of the primary key
+	Development bool   `json:"development,omitempty"`
 }
 
 // ID is the SHA-256 of the manifest's bytes.

@@ -174,31 +174,3 @@ func (c trustChain) follows(t *trusted) error {
 	}
 	return nil
 }
-
-// checkManifest verifies a manifest's raw bytes under the newest document and
-// only then parses them. Errors are Refusals.
-func (c trustChain) checkManifest(product string, raw, signature []byte) (Manifest, []Signer, error) {
-	t := c.newest()
-	signers, err := t.release.check(raw, signature, "the manifest")
-	if err != nil {
-		return Manifest{}, nil, err
-	}
-	m, err := ParseUnverifiedManifest(raw)
-	if err != nil {
-		return Manifest{}, nil, err
-	}
-	switch {
-	case m.Product != product:
-		return Manifest{}, nil, Refuse(CodeProduct, "the release is for product %s, this device is %s", m.Product, product)
-	case m.TrustEpoch > t.Epoch:
-		return Manifest{}, nil, Refuse(CodeTrust, "the release needs trust document %d, the newest known here is %d", m.TrustEpoch, t.Epoch)
-	case m.Line != t.Line:
-		return Manifest{}, nil, Refuse(CodeOrder, "the release is of line %d, the line in force is %d", m.Line, t.Line)
-	case m.Seq < t.MinSeq:
-		return Manifest{}, nil, Refuse(CodeOrder, "the release has seq %d, the publisher allows %d and up", m.Seq, t.MinSeq)
-	case m.IssuedAt.After(t.ReleaseUntil):
-		return Manifest{}, nil, Refuse(CodeExpired, "the release was issued %s, after its keys ended %s",
-			m.IssuedAt.Format(time.RFC3339), t.ReleaseUntil.Format(time.RFC3339))
-	}
-	return m, signers, nil
-}

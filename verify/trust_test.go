@@ -349,7 +349,7 @@ func TestChainThatDiffersFromOurs(t *testing.T) {
 	two.add(later, a)
 	door := one.door(one.anchor(2), t.TempDir())
 	_, err := door.Check(t.Context(), two.signed(two.manifest(3), b))
-	wantCode(t, err, verify.CodeTrust)
+	wantCode(t, err, verify.CodeFork)
 
 	// The same keys, but another first document: signed well, yet not our product's root.
 	three := newSite(t)

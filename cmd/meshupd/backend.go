@@ -22,6 +22,9 @@ func (b backend) Status(context.Context) (control.SiteStatus, error) {
 		GeneratedAt: time.Now().UTC().Truncate(time.Second),
 		Site:        control.Site{ID: siteID(site.Trust.RootID), Devices: len(site.Devices)},
 	}
+	for _, a := range site.Alarms {
+		out.Alarms = append(out.Alarms, control.Alarm(a))
+	}
 	names := map[string]string{}
 	for _, d := range site.Devices {
 		names[d.ID] = d.Status.Name

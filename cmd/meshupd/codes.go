@@ -94,11 +94,11 @@ var codeTexts = map[verify.Code]codeText{
 	},
 	verify.CodeRequires: {
 		"The running version is not one that this release can be installed over.",
-		"install the release in between first.", exitRefused, "needs a release in between",
+		"bring the release in between too: it is then installed first, by itself.", exitRefused, "needs a release in between",
 	},
 	verify.CodeExpired: {
 		"The release or trust document is past its own date.",
-		"use a newer release; the device's clock is not asked, only signed dates are.", exitRefused, "",
+		"use a newer release; signed dates decide, the device's clock is not asked, and the key is not at fault.", exitRefused, "",
 	},
 	verify.CodeCritical: {
 		"The manifest has a critical field that this version does not know.",
@@ -106,11 +106,19 @@ var codeTexts = map[verify.Code]codeText{
 	},
 	verify.CodeRecalled: {
 		"The publisher withdrew this release.",
-		"use a newer release.", exitRefused, "",
+		"use a newer release.", exitRefused, "needs another release",
+	},
+	verify.CodeDevKey: {
+		"A development key signed a release of the channel stable, which is for real devices.",
+		"sign with a key made without `--development`, or make the release with `--channel` of another name.", exitRefused, "",
+	},
+	verify.CodeMeshupd: {
+		"The release needs a newer meshupd than runs on this device.",
+		"install an older release that brings the newer meshupd first.", exitRefused, "needs a release in between",
 	},
 	verify.CodeFork: {
 		"Two signed documents claim one place in the order.",
-		"the publisher signed two different releases with one sequence number: ask which is meant, and for a new one.", exitRefused, "",
+		"tell the publisher both digests: the keys were used twice for one place, by mistake or by a thief; the next document settles it.", exitRefused, "",
 	},
 	verify.CodeFailedHere: {
 		"This image already failed on this device, so it is not tried again.",

@@ -88,6 +88,7 @@ func nodeConfig(cfg Config, slots *install.Files, log *slog.Logger) (peer.Config
 		Interval: time.Duration(cfg.Health.Interval), Timeout: time.Duration(cfg.Health.Timeout)}
 	return peer.Config{
 		Name: cfg.Name, Product: cfg.Product, Hardware: cfg.Hardware, Channel: cfg.Channel,
+		BuildTime: buildTime(), Meshupd: buildVersion().Version,
 		StateDir: cfg.State, Anchor: cfg.Trust, Reserve: int64(cfg.Store.Reserve),
 		Slots: slots, Starter: slots.Start,
 		Health: func(ctx context.Context, slot install.SlotName, version string) error {

@@ -19,10 +19,11 @@ import (
 
 // demoOptions of the demo.
 type demoOptions struct {
-	devices int
-	size    Size
-	rate    Rate
-	keep    bool
+	devices  int
+	size     Size
+	rate     Rate
+	keep     bool
+	loopback bool
 }
 
 func newDemoCmd(e *env) *cobra.Command {
@@ -53,14 +54,18 @@ func newDemoCmd(e *env) *cobra.Command {
 	f.IntVar(&opts.devices, "devices", opts.devices, "how many devices")
 	f.Var(textFlag{&opts.size, "SIZE"}, "size", "size of the image")
 	f.Var(textFlag{&opts.rate, "RATE"}, "rate", "speed of each device's link, both ways; 0: as fast as it goes")
+	f.BoolVar(&opts.loopback, "loopback", false, "use this machine's loopback even where a private network could be made")
 	f.BoolVar(&opts.keep, "keep", false, "keep the folder with the devices' disks and logs")
 	return cmd
 }
 
 // demoSite is a private network if the kernel allows one, else the loopback.
-func demoSite(e *env) (*simnet.Site, error) {
-	if err := simnet.Available(); err != nil {
+func demoSite(e *env, loopback bool) (*simnet.Site, error) {
+	err := simnet.Available()
+	if err != nil {
 		e.sayf("No private network here (%v).", err)
+	}
+	if err != nil || loopback {
 		e.sayf("The devices run on this machine's loopback instead: same programs, but links have no speed limit and cannot be told apart.")
 		return simnet.NewLoopbackSite(), nil
 	}
@@ -71,7 +76,7 @@ func demoSite(e *env) (*simnet.Site, error) {
 }
 
 func runDemo(ctx context.Context, e *env, opts demoOptions) error {
-	site, err := demoSite(e)
+	site, err := demoSite(e, opts.loopback)
 	if err != nil {
 		return err
 	}

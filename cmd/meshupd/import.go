@@ -47,6 +47,7 @@ type importer struct {
 	progress string
 	c        screen.Canvas
 	skipped  []skip
+	between  []string // versions to go through that were taken along
 }
 
 // skip is a release that was not taken, and why.
@@ -79,6 +80,7 @@ func (im *importer) run(ctx context.Context, path string) error {
 		im.abort(ctx, info.ID)
 		return nothingWas("changed", err) // bytes were copied, but nothing uses them
 	}
+	copied += im.takeBetween(ctx, sources, src, rel)
 	return im.tell(ctx, src, info, copied, im.now().Sub(began))
 }
 
@@ -123,6 +125,41 @@ func (im *importer) choose(ctx context.Context, sources []source) (source, contr
 		}
 	}
 	return best, bestInfo, nil
+}
+
+// takeBetween also takes the older releases that the new one says devices have to
+// go through first: after its commit the daemon refuses every other older one.
+func (im *importer) takeBetween(ctx context.Context, sources []source, taken source, rel control.SiteRelease) (copied int64) {
+	done := map[string]bool{taken.path: true}
+	for again := true; again; {
+		again = false
+		for _, src := range sources {
+			if done[src.path] || ctx.Err() != nil {
+				continue
+			}
+			info, err := im.open(ctx, src)
+			if err != nil {
+				continue // refused before or now, as its line above says
+			}
+			done[src.path] = true
+			n := int64(0)
+			if newer(rel, info.Release) {
+				im.sayf("  take    %s   %s: a version to go through", im.c.Clean(src.path), im.c.Clean(info.Release.Version))
+				if n, err = im.copy(ctx, src, info); err == nil {
+					err = im.client.Commit(ctx, info.ID)
+				}
+				if err == nil {
+					im.between = append(im.between, info.Release.Version)
+					copied += n
+					again = true
+					continue
+				}
+				im.skip(src, verify.CodeOf(err), err.Error())
+			}
+			im.abort(ctx, info.ID)
+		}
+	}
+	return copied
 }
 
 // aboutRelease tells a refusal of this release from an obstacle for any.
@@ -185,7 +222,7 @@ func (im *importer) abort(ctx context.Context, id string) {
 func (im *importer) tell(ctx context.Context, src source, info control.ImportInfo, copied int64, took time.Duration) error {
 	if im.json != "" {
 		return im.printObject("meshupd.imported/1", map[string]any{"path": src.path, "release": info.Release,
-			"bytes": copied, "took_s": took.Seconds(), "skipped": append([]skip{}, im.skipped...)})
+			"bytes": copied, "took_s": took.Seconds(), "skipped": append([]skip{}, im.skipped...), "through": append([]string{}, im.between...)})
 	}
 	c := im.canvas(im.Out)
 	fmt.Fprintf(im.Out, "Done      %s is on this device. A stick can be pulled out now.\n", c.Clean(info.Release.Version))

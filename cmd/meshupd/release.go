@@ -27,6 +27,8 @@ type create struct {
 	images   []string
 	kind     string
 	notAfter string
+	recalls  []string
+	via      string
 }
 
 func newCreateCmd(e *env) *cobra.Command {
@@ -42,7 +44,11 @@ func newCreateCmd(e *env) *cobra.Command {
 			"    --image=rootfs=build/rootfs.img --image=data=build/data.img --hardware=rev2"),
 		Args: takes(0, 0, ""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := needFlags(cmd, "version", "trust", "image"); err != nil {
+			need := []string{"version", "trust", "image"}
+			if len(cr.recalls) > 0 {
+				need = need[:2] // a recall needs no image
+			}
+			if err := needFlags(cmd, need...); err != nil {
 				return err
 			}
 			return nothingWas("written", cr.run(cmd.Context(), e))
@@ -53,10 +59,14 @@ func newCreateCmd(e *env) *cobra.Command {
 	f.StringVar(&o.Version, "version", "", "semantic version, as 2.4.0 (required)")
 	f.StringVar(&o.Channel, "channel", "stable", "channel that devices follow")
 	f.StringVar(&o.Requires, "requires", "", "which running versions it can be installed over, as '>=2.2.0'")
+	f.StringVar(&cr.via, "via", "", "release folder to go through first where --requires is not met")
+	f.StringVar(&o.MinMeshupd, "min-meshupd", "", "oldest version of meshupd that may install it, as 1.4.0")
+	f.StringArrayVar(&cr.recalls, "recall", nil, "digest of a manifest or image to withdraw; again for more, then no --image is needed")
+	f.StringVar(&o.SBOM, "sbom", "", "bill of materials (CycloneDX, SPDX) to sign and keep beside the manifest")
 	f.StringVar(&cr.notes, "notes", "", "file with release notes, one a line")
 	f.StringArrayVar(&o.Notes, "note", nil, "one release note; again for more")
 	f.StringArrayVar(&cr.images, "image", nil, "NAME=PATH or PATH of an image; again for more (required)")
-	f.StringSliceVar(&o.Hardware, "hardware", nil, "kinds of hardware that the release is for (default: all of the product)")
+	f.StringSliceVar(&o.Hardware, "hardware", nil, "kinds of hardware that the release is for, as rev2 or rev-* (default: all of the product)")
 	f.StringVar(&cr.kind, "kind", string(verify.KindSlot), "what the images are: slot, container or files")
 	f.StringVar(&o.Trust, "trust", "", "trust folder that meshupd trust init made (required)")
 	f.StringVar(&o.Out, "out", "dist", "folder of releases")
@@ -91,6 +101,20 @@ func (cr *create) run(ctx context.Context, e *env) error {
 		}
 		end := day.AddDate(0, 0, 1).Add(-time.Second)
 		o.NotAfter = &end
+	}
+	for _, text := range cr.recalls {
+		digest, err := verify.ParseDigest(text)
+		if err != nil {
+			return usage("--recall is a digest of 64 hex digits, not %q", text)
+		}
+		o.Recalls = append(o.Recalls, digest)
+	}
+	if cr.via != "" {
+		u, err := publish.Inspect(cr.via)
+		if err != nil {
+			return err
+		}
+		o.Via = &verify.Via{Version: u.Manifest.Version, SHA256: u.ID}
 	}
 	for _, arg := range cr.images {
 		name, path, named := strings.Cut(arg, "=")
@@ -157,6 +181,13 @@ func (e *env) tellRelease(dir string) error {
 	signed := "not signed yet"
 	if u.Signatures > 0 {
 		signed = count(u.Signatures, "signature")
+		p, err := publish.SigningProgress(dir)
+		if err != nil {
+			return err
+		}
+		if n := p.Missing(); n > 0 {
+			signed += fmt.Sprintf(", %d more of %d needed", n, p.Need)
+		}
 	}
 	_, err = fmt.Fprintf(e.Out, "%s   %s, %s   line %d, seq %d   %s\n", c.Clean(filepath.Join(dir, "manifest.json")),
 		count(len(m.Images), "image"), screen.Bytes(imageBytes(m)), m.Line, m.Seq, signed)
@@ -224,7 +255,7 @@ func sign(ctx context.Context, e *env, dir string, keys []string, signature stri
 			return err
 		}
 		if isDevelopment(key.Name()) {
-			e.sayf("warning: %s is a key for trying things out: real devices must not trust it", e.canvas(e.Err).Clean(key.Name()))
+			e.sayf("warning: %s is a key for trying things out: it does not count on the channel %s", e.canvas(e.Err).Clean(key.Name()), verify.StableChannel)
 		}
 		if err := publish.Sign(dir, key); err != nil {
 			return err
@@ -235,6 +266,8 @@ func sign(ctx context.Context, e *env, dir string, keys []string, signature stri
 
 func newVerifyCmd(e *env) *cobra.Command {
 	var trust string
+	var explain bool
+	var dev verify.Device
 	cmd := &cobra.Command{
 		Use:   "verify PATH",
 		Short: "Check a release folder or .update file as a device would, and every byte of it",
@@ -247,26 +280,48 @@ func newVerifyCmd(e *env) *cobra.Command {
 				return err
 			}
 			tell, end := e.hashing("Checking  ")
-			rel, err := publish.Verify(cmd.Context(), args[0], trust, tell)
+			if dev.Hardware != "" || dev.Running != "" {
+				info, err := openTrust(trust)
+				if err != nil {
+					return err
+				}
+				dev.Product, dev.Meshupd = info.Product, buildVersion().Version
+			}
+			rel, rules, err := publish.Explain(cmd.Context(), args[0], trust, dev, tell)
 			end(err == nil)
+			c := e.canvas(e.Out)
+			if explain && e.json == "" && len(rules) > 0 {
+				if err := e.print(explainRules(c, rules)); err != nil {
+					return err
+				}
+			}
 			if err != nil {
 				return err
 			}
 			m := rel.Manifest()
 			if e.json != "" {
-				return e.printObject("meshupd.verified/1", map[string]any{"verified": true, "path": args[0],
-					"id": rel.ID(), "signers": rel.Signers(), "manifest": m})
+				answer := map[string]any{"verified": true, "path": args[0], "id": rel.ID(), "signers": rel.Signers(), "manifest": m}
+				if explain {
+					answer["rules"] = rules
+				}
+				return e.printObject("meshupd.verified/1", answer)
 			}
-			c := e.canvas(e.Out)
 			fmt.Fprintf(e.Out, "good   %s %s, channel %s, line %d, seq %d   %s, %s\n", c.Clean(m.Product), c.Clean(m.Version),
 				c.Clean(m.Channel), m.Line, m.Seq, count(len(m.Images), "image"), screen.Bytes(imageBytes(m)))
 			for _, s := range rel.Signers() {
 				fmt.Fprintf(e.Out, "signed %s  %s\n", screen.Fingerprint(s.Fingerprint), c.Clean(s.Name))
 			}
+			if warning := rel.ClockWarning(e.now()); warning != "" {
+				e.sayf("warning: %s", warning)
+			}
 			return nil
 		},
 	}
-	cmd.Flags().StringVar(&trust, "trust", "", "trust folder to check against (required)")
+	f := cmd.Flags()
+	f.StringVar(&trust, "trust", "", "trust folder to check against (required)")
+	f.BoolVar(&explain, "explain", false, "show each rule with its verdict")
+	f.StringVar(&dev.Hardware, "hardware", "", "also check that it is for this kind of hardware")
+	f.StringVar(&dev.Running, "running", "", "also check that it can be installed over this version")
 	return cmd
 }
 

@@ -55,6 +55,7 @@ func inspectScreen(c screen.Canvas, u *publish.UnverifiedRelease) string {
 	m := u.Manifest
 	b.WriteString(c.Paint(screen.Yellow, "NOT VERIFIED: this is what the file says of itself. `meshupd release verify` checks it.") + "\n\n")
 	line("Release", c.Clean(m.Product)+" "+c.Clean(m.Version)+", channel "+c.Clean(m.Channel))
+	line("Id", u.ID.String())
 	line("Order", fmt.Sprintf("line %d, seq %d, trust document %d", m.Line, m.Seq, m.TrustEpoch))
 	line("Made", m.IssuedAt.UTC().Format(time.RFC3339))
 	if m.NotAfter != nil {
@@ -62,6 +63,16 @@ func inspectScreen(c screen.Canvas, u *publish.UnverifiedRelease) string {
 	}
 	line("Hardware", c.Clean(strings.Join(m.Hardware, ", ")))
 	line("Requires", c.Clean(m.Requires))
+	if m.Via != nil {
+		line("Via", c.Clean(m.Via.Version)+", manifest "+m.Via.SHA256.String())
+	}
+	line("Meshupd", c.Clean(m.MinMeshupd))
+	for _, d := range m.Recalls {
+		line("Recalls", d.String())
+	}
+	if m.SBOM != nil {
+		line("SBOM", "sha256 "+m.SBOM.String())
+	}
 	if m.Downgrade {
 		line("Downgrade", "yes, on purpose")
 	}

@@ -19,6 +19,7 @@ const maxWorking = 10
 func siteScreen(c screen.Canvas, st control.SiteStatus, all bool) string {
 	var b strings.Builder
 	b.WriteString(siteHead(c, st))
+	b.WriteString(alarmLines(c, st))
 	needs, working, fine := sortOut(st)
 	if len(needs) > 0 {
 		b.WriteString("\n" + needsTable(c, st, needs))
@@ -37,6 +38,17 @@ func siteScreen(c screen.Canvas, st control.SiteStatus, all bool) string {
 		b.WriteString("\n" + fineTable(c, st, fine))
 	}
 	b.WriteString(foldedLine(st, len(working)-len(shown), fine, all))
+	return b.String()
+}
+
+// alarmLines come before all devices: they are about the keys of every one of them.
+// Both digests are shown whole, because a person reads them to the publisher.
+func alarmLines(c screen.Canvas, st control.SiteStatus) string {
+	var b strings.Builder
+	for _, a := range st.Alarms {
+		fmt.Fprintf(&b, "\n%s  two signed documents claim to be %s [%s]\n", c.Paint(screen.Red, "NEEDS YOU"), c.Clean(a.Place), c.Clean(string(a.Code)))
+		fmt.Fprintf(&b, "  in force  %s\n  refused   %s\n  tell the publisher: meshupd help %s\n", a.Kept, a.Other, c.Clean(string(a.Code)))
+	}
 	return b.String()
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -15,7 +16,7 @@ import (
 )
 
 func newTrustCmd(e *env) *cobra.Command {
-	return group("trust", "Say which keys a product's devices believe", newTrustInitCmd(e), newTrustShowCmd(e))
+	return group("trust", "Say which keys a product's devices believe", newTrustInitCmd(e), newTrustNextCmd(e), newTrustSignCmd(e), newTrustShowCmd(e), newTrustDiffCmd(e))
 }
 
 // trustInit is the command line of trust init.
@@ -90,11 +91,7 @@ func (t *trustInit) run(ctx context.Context, e *env) error {
 	if err := publish.InitTrust(t.out, o); err != nil {
 		return err
 	}
-	info, err := openTrust(t.out)
-	if err != nil {
-		return err
-	}
-	return showTrust(e, info)
+	return showTrust(e, t.out)
 }
 
 func certificates(paths []string) ([]*verify.Certificate, error) {
@@ -112,15 +109,11 @@ func certificates(paths []string) ([]*verify.Certificate, error) {
 func newTrustShowCmd(e *env) *cobra.Command {
 	return &cobra.Command{
 		Use:     "show DIR",
-		Short:   "Verify a trust folder and show the keys in force",
+		Short:   "Verify a trust folder and show the keys in force, and what is proposed",
 		Example: example("meshupd trust show trust", "meshupd trust show /usr/lib/meshupd/trust --json"),
 		Args:    takes(1, 1, "one DIR"),
 		RunE: func(_ *cobra.Command, args []string) error {
-			info, err := openTrust(args[0])
-			if err != nil {
-				return err
-			}
-			return showTrust(e, info)
+			return showTrust(e, args[0])
 		},
 	}
 }
@@ -142,13 +135,22 @@ func openTrust(dir string) (verify.TrustInfo, error) {
 	return door.Trust(), nil
 }
 
-func showTrust(e *env, info verify.TrustInfo) error {
+func showTrust(e *env, dir string) error {
+	info, err := openTrust(dir)
+	if err != nil {
+		return err
+	}
+	view, err := publish.ShowTrust(dir)
+	if err != nil {
+		return err
+	}
 	c := e.canvas(e.Out)
 	if e.json != "" {
 		return e.printJSON(struct {
 			Schema string `json:"schema"`
 			verify.TrustInfo
-		}{"meshupd.trust/1", info}, false)
+			publish.TrustView
+		}{"meshupd.trust/1", info, view}, false)
 	}
 	if e.plain {
 		text := ""
@@ -158,10 +160,22 @@ func showTrust(e *env, info verify.TrustInfo) error {
 		return e.print(text)
 	}
 	fmt.Fprintf(e.Out, "Product   %s\n", c.Clean(info.Product))
+	doc := view.Documents[len(view.Documents)-1]
 	fmt.Fprintf(e.Out, "Trust     document %d, root %s\n", info.Epoch, info.RootID.String()[:16])
-	fmt.Fprintf(e.Out, "Releases  %d of %s must sign\n", info.Threshold, count(len(info.Keys), "key"))
-	for _, k := range info.Keys {
-		fmt.Fprintf(e.Out, "  key     %s  %s\n", screen.Fingerprint(k.Fingerprint), c.Clean(k.Name))
+	fmt.Fprintf(e.Out, "Order     line %d, seq %d and up\n", doc.Line, doc.MinSeq)
+	fmt.Fprintf(e.Out, "Valid     for releases made from %s to %s\n", doc.IssuedAt.Format(time.DateOnly), doc.ReleaseUntil.Format(time.DateOnly))
+	for _, r := range []struct {
+		label string
+		set   verify.KeySet
+	}{{"Root", doc.Root}, {"Releases", doc.Release}} {
+		fmt.Fprintf(e.Out, "%-9s %d of %s must sign\n", r.label, r.set.Threshold, count(len(r.set.Keys), "key"))
+		for _, k := range r.set.Keys {
+			fmt.Fprintf(e.Out, "  key     %s  %s\n", screen.Fingerprint(k.Fingerprint), c.Clean(view.Signers[k.Fingerprint].Name))
+		}
+	}
+	if p := view.Proposal; p != nil {
+		fmt.Fprintf(e.Out, "Proposed  document %d: %s\n", p.Document.Epoch, proposalNeeds(*p))
+		printChanges(e, view, publish.DiffTrust(doc, p.Document))
 	}
 	for _, k := range info.Keys {
 		if isDevelopment(k.Name) {

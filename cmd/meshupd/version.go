@@ -70,6 +70,22 @@ func buildVersion() control.VersionInfo {
 	return v
 }
 
+// buildTime is that of the last commit, which the Go linker wrote; zero if it is unknown.
+func buildTime() time.Time {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return time.Time{}
+	}
+	for _, s := range info.Settings {
+		if s.Key == "vcs.time" {
+			if t, err := time.Parse(time.RFC3339, s.Value); err == nil {
+				return t.UTC()
+			}
+		}
+	}
+	return time.Time{}
+}
+
 func versionLine(what string, v control.VersionInfo) string {
 	commit := "commit unknown"
 	if v.Commit != "" {

@@ -8,6 +8,16 @@ import (
 	"meshupd/verify"
 )
 
+// notAhead refuses a date more than a day ahead of this machine's clock: a slip of
+// the pen in a signed date would move the proven time of every device.
+func notAhead(issued time.Time) error {
+	if latest := time.Now().AddDate(0, 0, 1); issued.After(latest) {
+		return verify.Refuse(verify.CodeUsage, "the document is dated %s, and this clock says %s: correct the one that is wrong",
+			issued.Format(time.RFC3339), time.Now().UTC().Format(time.RFC3339))
+	}
+	return nil
+}
+
 // Now is the time that goes into documents: SOURCE_DATE_EPOCH (seconds since
 // 1970, reproducible-builds.org) when it is set, else the clock; whole seconds, UTC.
 // It refuses with E-USAGE when the variable is not a number.

@@ -2,12 +2,14 @@ package publish
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -37,7 +39,16 @@ type Options struct {
 	NotAfter  *time.Time
 	Downgrade bool
 	Critical  []string
-	Images    []ImageInput
+	Images    []ImageInput // may be none beside Recalls
+	// MinMeshupd is the oldest version of meshupd that may install the release.
+	MinMeshupd string
+	// Recalls are digests of manifests or images to withdraw. Those of the
+	// release that seq is counted up from are withdrawn again, so that a device
+	// that missed it still hears of them.
+	Recalls []verify.Digest
+	// SBOM is a file with the bill of materials (CycloneDX, SPDX): it is copied
+	// beside the manifest, which signs its digest.
+	SBOM string
 	// Previous is a manifest.json or release folder whose seq is counted up from; default: the highest among the product's releases in Out.
 	Previous string
 	Seq      uint64    // set instead of counting
@@ -89,8 +100,8 @@ func Create(ctx context.Context, o Options) (string, error) {
 
 // manifest fills in all but the images.
 func (o *Options) manifest(trust verify.TrustDocument) (verify.Manifest, error) {
-	if len(o.Images) == 0 {
-		return verify.Manifest{}, verify.Refuse(verify.CodeUsage, "create the release: there is no image")
+	if len(o.Images) == 0 && len(o.Recalls) == 0 {
+		return verify.Manifest{}, verify.Refuse(verify.CodeUsage, "create the release: there is no image and nothing to recall")
 	}
 	issued := o.IssuedAt
 	if issued.IsZero() {
@@ -99,7 +110,10 @@ func (o *Options) manifest(trust verify.TrustDocument) (verify.Manifest, error) 
 			return verify.Manifest{}, err
 		}
 	}
-	seq, err := o.nextSeq(trust)
+	if err := notAhead(issued); err != nil {
+		return verify.Manifest{}, err
+	}
+	seq, recalls, err := o.continued(trust)
 	if err != nil {
 		return verify.Manifest{}, err
 	}
@@ -114,6 +128,8 @@ func (o *Options) manifest(trust verify.TrustDocument) (verify.Manifest, error) 
 		TrustEpoch: trust.Epoch,
 		Requires:   o.Requires,
 		Via:        o.Via,
+		MinMeshupd: o.MinMeshupd,
+		Recalls:    recalls,
 		IssuedAt:   issued.UTC().Truncate(time.Second),
 		NotAfter:   o.NotAfter,
 		Downgrade:  o.Downgrade,
@@ -121,7 +137,7 @@ func (o *Options) manifest(trust verify.TrustDocument) (verify.Manifest, error) 
 		Notes:      o.Notes,
 	}
 	if m.Channel == "" {
-		m.Channel = "stable"
+		m.Channel = verify.StableChannel
 	}
 	// The version becomes part of a path before the manifest is checked as a whole.
 	if m.Version == "" || strings.ContainsAny(m.Version, "/\\\x00") {
@@ -130,41 +146,54 @@ func (o *Options) manifest(trust verify.TrustDocument) (verify.Manifest, error) 
 	return m, nil
 }
 
-// nextSeq counts up from the previous manifest of the trust document's line.
-func (o *Options) nextSeq(trust verify.TrustDocument) (uint64, error) {
-	if o.Seq != 0 {
-		return o.Seq, nil
+// continued is the seq and the recalls that follow the previous manifest of the trust document's line.
+func (o *Options) continued(trust verify.TrustDocument) (seq uint64, recalls []verify.Digest, err error) {
+	last, err := o.previous(trust)
+	if err != nil {
+		return 0, nil, err
 	}
-	var last uint64
+	for _, d := range append(append([]verify.Digest{}, last.Recalls...), o.Recalls...) {
+		if !slices.Contains(recalls, d) {
+			recalls = append(recalls, d)
+		}
+	}
+	if o.Seq != 0 {
+		return o.Seq, recalls, nil
+	}
+	return max(last.Seq+1, trust.MinSeq), recalls, nil
+}
+
+// previous is the manifest with the highest seq; zero if there is none.
+func (o *Options) previous(trust verify.TrustDocument) (last verify.Manifest, err error) {
 	note := func(m verify.Manifest) {
-		if m.Product == trust.Product && m.Line == trust.Line && m.Seq > last {
-			last = m.Seq
+		if m.Product == trust.Product && m.Line == trust.Line && m.Seq > last.Seq {
+			last = m
 		}
 	}
 	if o.Previous != "" {
 		m, err := readManifest(o.Previous)
 		if err != nil {
-			return 0, err
+			return last, err
 		}
 		if m.Product != trust.Product {
-			return 0, verify.Refuse(verify.CodeProduct, "the previous release is for product %s, not %s", m.Product, trust.Product)
+			return last, verify.Refuse(verify.CodeProduct, "the previous release is for product %s, not %s", m.Product, trust.Product)
 		}
 		note(m)
 	} else {
 		siblings, err := filepath.Glob(filepath.Join(escapeGlob(o.Out), trust.Product+"_*", "manifest.json"))
 		if err != nil {
-			return 0, verify.Refuse(verify.CodeIO, "look for earlier releases: %w", err)
+			return last, verify.Refuse(verify.CodeIO, "look for earlier releases: %w", err)
 		}
 		for _, path := range siblings {
 			m, err := readManifest(path)
 			if err != nil {
 				// Skipping it could count a seq twice, which every device would take for a forgery.
-				return 0, verify.Refuse(verify.CodeOf(err), "look for earlier releases: %s: %w", path, err)
+				return last, verify.Refuse(verify.CodeOf(err), "look for earlier releases: %s: %w", path, err)
 			}
 			note(m)
 		}
 	}
-	return max(last+1, trust.MinSeq), nil
+	return last, nil
 }
 
 func escapeGlob(s string) string {
@@ -231,6 +260,13 @@ func build(ctx context.Context, dir string, o Options, m verify.Manifest) error 
 		}
 		m.Images = append(m.Images, img)
 	}
+	if o.SBOM != "" {
+		digest, err := copySBOM(o.SBOM, dir)
+		if err != nil {
+			return err
+		}
+		m.SBOM = &digest
+	}
 	raw, err := verify.EncodeManifest(m)
 	if err != nil {
 		return err
@@ -265,6 +301,37 @@ func copyTrust(from, to string) error {
 		if err := durable.WriteFile(filepath.Join(to, name), raw, 0o644); err != nil {
 			return verify.Refuse(verify.CodeIO, "copy the trust chain: %w", err)
 		}
+	}
+	return nil
+}
+
+// SBOMName is the name of the bill of materials in a release folder. It is not
+// part of a .update file: devices have no use for it.
+const SBOMName = "sbom.json"
+
+const maxSBOM = 64 << 20
+
+func copySBOM(from, dir string) (verify.Digest, error) {
+	raw, err := readAtMost(from, maxSBOM)
+	if err != nil {
+		return verify.Digest{}, err
+	}
+	if err := durable.WriteFile(filepath.Join(dir, SBOMName), raw, 0o644); err != nil {
+		return verify.Digest{}, verify.Refuse(verify.CodeIO, "copy the bill of materials: %w", err)
+	}
+	return sha256.Sum256(raw), nil
+}
+
+// checkSBOM holds the file in a release folder against the manifest; a file that is not there is no fault.
+func checkSBOM(dir string, m verify.Manifest) error {
+	raw, err := readAtMost(filepath.Join(dir, SBOMName), maxSBOM)
+	switch {
+	case verify.CodeOf(err) == verify.CodeNotFound:
+		return nil
+	case err != nil:
+		return err
+	case m.SBOM == nil || *m.SBOM != sha256.Sum256(raw):
+		return verify.Refuse(verify.CodeDigest, "%s is not the bill of materials that was signed", SBOMName)
 	}
 	return nil
 }

@@ -101,38 +101,66 @@ func (u *UnverifiedRelease) signatures(head *verify.UnverifiedHead) error {
 // .update file or release folder, and more: every image is read, its piece table
 // computed again and its content decoded. It refuses as a device would.
 func Verify(ctx context.Context, path, anchor string, tell func(done, total int64)) (*verify.Release, error) {
-	if info, err := os.Stat(path); err == nil && info.IsDir() {
+	rel, _, err := Explain(ctx, path, anchor, verify.Device{}, tell)
+	return rel, err
+}
+
+// ruleImages is the rule that Explain adds to those of the door.
+const ruleImages = "images"
+
+// Explain is Verify with every rule and its verdict. A dev with a product asks
+// also whether the release is for that device.
+func Explain(ctx context.Context, path, anchor string, dev verify.Device, tell func(done, total int64)) (*verify.Release, []verify.Rule, error) {
+	info, err := os.Stat(path)
+	isDir := err == nil && info.IsDir()
+	if isDir {
 		if _, err := Absorb(path); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 	}
 	bundle, done, err := open(path)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	defer done()
-	return withDoor(anchor, func(door *verify.Door) (*verify.Release, error) {
-		rel, err := door.Check(ctx, bundle.Head())
-		if err != nil {
+	var rules []verify.Rule
+	rel, err := withDoor(anchor, func(door *verify.Door) (rel *verify.Release, err error) {
+		if rel, rules, err = door.Explain(ctx, bundle.Head(), dev); err != nil {
+			rules = append(rules, verify.Rule{Name: ruleImages, Verdict: verify.VerdictNotReached})
 			return nil, err
 		}
-		p := &progress{tell: tell}
-		for _, img := range rel.Manifest().Images {
-			p.total += img.Size
+		last := verify.Rule{Name: ruleImages, Verdict: verify.VerdictGood, Detail: "every byte is what was signed"}
+		if err = verifyImages(ctx, bundle, rel, tell); err == nil && isDir {
+			err = checkSBOM(path, rel.Manifest())
 		}
-		for {
-			img, r, err := bundle.NextImage(rel)
-			if errors.Is(err, io.EOF) {
-				return rel, nil
-			}
-			if err != nil {
-				return nil, err
-			}
-			if err := verifyImage(rel, img, &watched{r: r, ctx: ctx, p: p}); err != nil {
-				return nil, err
-			}
+		if err != nil {
+			rel = nil
+			last = verify.Rule{Name: ruleImages, Verdict: verify.VerdictRefused, Code: verify.CodeOf(err), Detail: err.Error()}
 		}
+		rules = append(rules, last)
+		return rel, err
 	})
+	return rel, rules, err
+}
+
+// verifyImages reads the images to the end of the bundle.
+func verifyImages(ctx context.Context, bundle *verify.UnverifiedBundle, rel *verify.Release, tell func(done, total int64)) error {
+	p := &progress{tell: tell}
+	for _, img := range rel.Manifest().Images {
+		p.total += img.Size
+	}
+	for {
+		img, r, err := bundle.NextImage(rel)
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if err := verifyImage(rel, img, &watched{r: r, ctx: ctx, p: p}); err != nil {
+			return err
+		}
+	}
 }
 
 // verifyImage reads an image once and holds all that the manifest says of it against the bytes.

@@ -11,13 +11,14 @@ import (
 
 	"github.com/ProtonMail/go-crypto/openpgp/armor"
 	"github.com/ProtonMail/go-crypto/openpgp/packet"
+	"github.com/ProtonMail/go-crypto/openpgp/s2k"
 	openpgp "github.com/ProtonMail/go-crypto/openpgp/v2"
 
 	"meshupd/verify"
 )
 
 // DevelopmentMark ends the name of a key that was made for trying things out.
-const DevelopmentMark = " DEVELOPMENT"
+const DevelopmentMark = verify.DevelopmentMark
 
 // maxKeyFile bounds what is read as a key, armor included.
 const maxKeyFile = 4 * verify.MaxCertificate
@@ -171,7 +172,8 @@ func (k *SecretKey) SecretArmored() ([]byte, error) {
 			return nil, verify.Refuse(verify.CodeKey, "write the key: %w", err)
 		}
 		// gpg 2.2 knows neither AEAD protection nor Argon2: CFB with an iterated hash is what both read.
-		config := &packet.Config{DefaultCipher: packet.CipherAES256, S2KCount: 65011712}
+		config := &packet.Config{DefaultCipher: packet.CipherAES256,
+			S2KConfig: &s2k.Config{S2KMode: s2k.IteratedSaltedS2K, Hash: crypto.SHA256, S2KCount: 65011712}}
 		if err := list[0].EncryptPrivateKeys(k.passphrase, config); err != nil {
 			return nil, verify.Refuse(verify.CodeKey, "protect the key: %w", err)
 		}

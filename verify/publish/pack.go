@@ -14,8 +14,9 @@ import (
 
 // Pack writes a release folder as one .update file; the same folder gives the
 // same bytes. The image bytes are compared with the manifest on the way. It
-// refuses an unsigned release (E-SIG-NONE); whether the signatures are the right
-// ones is for Verify. Errors leave no file behind.
+// refuses an unsigned release (E-SIG-NONE), one that too few keys signed
+// (E-SIG-KEY), and one of the stable channel with a development key's signature
+// (E-DEV-KEY). Errors leave no file behind.
 func Pack(ctx context.Context, dir, out string, tell func(done, total int64)) error {
 	if _, err := Absorb(dir); err != nil {
 		return err
@@ -31,6 +32,9 @@ func Pack(ctx context.Context, dir, out string, tell func(done, total int64)) er
 	}
 	m, err := verify.ParseUnverifiedManifest(head.UnverifiedManifest())
 	if err != nil {
+		return err
+	}
+	if err := checkComplete(dir, m); err != nil {
 		return err
 	}
 	file, err := durable.Create(out, 0o644)
@@ -50,6 +54,23 @@ func Pack(ctx context.Context, dir, out string, tell func(done, total int64)) er
 	}
 	if err := file.Commit(); err != nil {
 		return verify.Refuse(verify.CodeIO, "pack %s: %w", dir, err)
+	}
+	return nil
+}
+
+// checkComplete counts the signatures; whether the folder's own trust is the right one is for Verify.
+func checkComplete(dir string, m verify.Manifest) error {
+	p, err := SigningProgress(dir)
+	if err != nil {
+		return err
+	}
+	if n := p.Missing(); n > 0 {
+		return verify.Refuse(verify.CodeSigKey, "pack %s: %d of the %d keys it needs signed, %d more must", dir, len(p.Signers), p.Need, n)
+	}
+	for _, s := range p.Signers {
+		if s.Development && m.Channel == verify.StableChannel {
+			return verify.Refuse(verify.CodeDevKey, "pack %s: %s is a development key, which does not count on the channel %s", dir, s.Name, m.Channel)
+		}
 	}
 	return nil
 }

@@ -85,11 +85,26 @@ func manifestToSign(dir string) ([]byte, verify.Manifest, error) {
 		return nil, verify.Manifest{}, err
 	}
 	m, err := verify.ParseUnverifiedManifest(raw)
-	return raw, m, err
+	if err != nil {
+		return nil, verify.Manifest{}, err
+	}
+	return raw, m, notAhead(m.IssuedAt)
+}
+
+// checkDevelopment keeps a development key away from the channel of real devices.
+func checkDevelopment(m verify.Manifest, cert *verify.Certificate) error {
+	if m.Channel == verify.StableChannel && cert.Development() {
+		return verify.Refuse(verify.CodeDevKey, "%s is a development key, which does not count on the channel %s", cert.Name(), m.Channel)
+	}
+	return nil
 }
 
 func addSignatures(dir string, manifest []byte, parts [][]byte) error {
 	certs, err := releaseCertificates(dir)
+	if err != nil {
+		return err
+	}
+	m, err := verify.ParseUnverifiedManifest(manifest)
 	if err != nil {
 		return err
 	}
@@ -107,6 +122,9 @@ func addSignatures(dir string, manifest []byte, parts [][]byte) error {
 	for _, part := range parts {
 		cert, err := signerOf(certs, manifest, part)
 		if err != nil {
+			return err
+		}
+		if err := checkDevelopment(m, cert); err != nil {
 			return err
 		}
 		kept = append(without(kept, cert), part)
@@ -149,14 +167,55 @@ func signerOf(certs []*verify.Certificate, manifest, signature []byte) (*verify.
 	return nil, err
 }
 
+// Progress of signing by several keys.
+type Progress struct {
+	Signers []verify.Signer `json:"signers,omitempty"`
+	Need    int             `json:"need"` // how many keys have to sign
+}
+
+// Missing is how many keys still have to sign.
+func (p Progress) Missing() int { return max(0, p.Need-len(p.Signers)) }
+
+// SigningProgress tells which release keys signed the release in a folder.
+func SigningProgress(dir string) (Progress, error) {
+	docs, err := readTrust(dir)
+	if err != nil {
+		return Progress{}, err
+	}
+	manifest, err := readAtMost(filepath.Join(dir, "manifest.json"), verify.MaxManifest)
+	if err != nil {
+		return Progress{}, err
+	}
+	signature, err := readAtMost(filepath.Join(dir, "manifest.sig"), verify.MaxSignature)
+	if err != nil && verify.CodeOf(err) != verify.CodeNotFound {
+		return Progress{}, err
+	}
+	return progressOf(dir, docs[len(docs)-1].Release, manifest, signature)
+}
+
+func progressOf(dir string, set verify.KeySet, document, signature []byte) (Progress, error) {
+	signers, err := set.Signers(document, signature, func(d verify.Digest) []byte {
+		raw, err := readAtMost(filepath.Join(dir, filepath.FromSlash(verify.CertificateName(d))), verify.MaxCertificate)
+		if err != nil {
+			return nil
+		}
+		return raw
+	})
+	return Progress{Signers: signers, Need: set.Threshold}, err
+}
+
 // releaseCertificates are those of the newest trust document in the folder.
 func releaseCertificates(dir string) ([]*verify.Certificate, error) {
 	docs, err := readTrust(dir)
 	if err != nil {
 		return nil, err
 	}
+	return certificatesOf(dir, docs[len(docs)-1].Release)
+}
+
+func certificatesOf(dir string, set verify.KeySet) ([]*verify.Certificate, error) {
 	var certs []*verify.Certificate
-	for _, k := range docs[len(docs)-1].Release.Keys {
+	for _, k := range set.Keys {
 		raw, err := readAtMost(filepath.Join(dir, filepath.FromSlash(verify.CertificateName(k.Cert))), verify.MaxCertificate)
 		if err != nil {
 			return nil, err

@@ -38,6 +38,9 @@ func InitTrust(dir string, o TrustOptions) error {
 	if err != nil {
 		return err
 	}
+	if err := notAhead(doc.IssuedAt); err != nil {
+		return err
+	}
 	raw, err := verify.EncodeTrust(doc)
 	if err != nil {
 		return err
@@ -102,28 +105,32 @@ func keySet(certs []*verify.Certificate, threshold int) verify.KeySet {
 }
 
 func writeTrust(dir string, certs []*verify.Certificate, document, signature []byte) error {
+	if err := writeCertificates(dir, certs); err != nil {
+		return err
+	}
+	if err := writeTrustFile(dir, "trust.1.sig", signature); err != nil {
+		return err
+	}
+	return writeTrustFile(dir, "trust.1.json", document)
+}
+
+func writeCertificates(dir string, certs []*verify.Certificate) error {
 	if err := durable.MkdirAll(filepath.Join(dir, "certs"), 0o755); err != nil {
 		return verify.Refuse(verify.CodeIO, "make the trust folder: %w", err)
 	}
-	files := map[string][]byte{}
 	for _, c := range certs {
-		files[verify.CertificateName(c.Digest())] = c.Bytes()
-	}
-	write := func(name string, data []byte) error {
-		if err := durable.WriteFile(filepath.Join(dir, filepath.FromSlash(name)), data, 0o644); err != nil {
-			return verify.Refuse(verify.CodeIO, "write the trust folder: %w", err)
-		}
-		return nil
-	}
-	for name, data := range files {
-		if err := write(name, data); err != nil {
+		if err := writeTrustFile(dir, verify.CertificateName(c.Digest()), c.Bytes()); err != nil {
 			return err
 		}
 	}
-	if err := write("trust.1.sig", signature); err != nil {
-		return err
+	return nil
+}
+
+func writeTrustFile(dir, name string, data []byte) error {
+	if err := durable.WriteFile(filepath.Join(dir, filepath.FromSlash(name)), data, 0o644); err != nil {
+		return verify.Refuse(verify.CodeIO, "write the trust folder: %w", err)
 	}
-	return write("trust.1.json", document)
+	return nil
 }
 
 // checkTrust opens the folder the way a device would.

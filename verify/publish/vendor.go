@@ -40,6 +40,8 @@ type VendorRelease struct {
 	Notes     []string
 	Critical  []string
 	NotAfter  *time.Time
+	Recalls   []verify.Digest
+	NoImages  bool // with Recalls
 	IssuedAt  time.Time
 	Seed      uint64 // of the content; default: the seq, so that releases differ
 	Images    []VendorImage
@@ -60,13 +62,15 @@ type VendorImage struct {
 
 const defaultVendorSize = 200_000
 
-// NewVendor makes a development key and a trust folder under dir.
+// NewVendor makes a key and a trust folder under dir. The key is thrown away with
+// the folder; it is not marked as one for development, whose releases no device
+// of the stable channel would take.
 func NewVendor(dir, product string) (*Vendor, error) {
 	now, err := Now()
 	if err != nil {
 		return nil, err
 	}
-	key, err := NewKey(KeyOptions{Name: "Vendor of " + product, Development: true, Now: now})
+	key, err := NewKey(KeyOptions{Name: "Vendor of " + product, Now: now})
 	if err != nil {
 		return nil, err
 	}
@@ -105,6 +109,7 @@ func (v *Vendor) Release(ctx context.Context, r VendorRelease) (string, error) {
 		NotAfter:  r.NotAfter,
 		Downgrade: r.Downgrade,
 		Critical:  r.Critical,
+		Recalls:   r.Recalls,
 		Images:    inputs,
 		Seq:       r.Seq,
 		IssuedAt:  r.IssuedAt,
@@ -128,6 +133,9 @@ func (v *Vendor) Bundle(ctx context.Context, r VendorRelease) (string, error) {
 
 func (v *Vendor) images(r VendorRelease) ([]ImageInput, error) {
 	list := r.Images
+	if r.NoImages {
+		return nil, nil
+	}
 	if len(list) == 0 {
 		list = []VendorImage{{Name: "rootfs", Size: r.Size, Seed: r.Seed}}
 	}

@@ -47,6 +47,16 @@ type SiteStatus struct {
 	Counts      map[State]int  `json:"counts"`            // devices by state; the server fills it in from Devices
 	Bytes       Bytes          `json:"bytes"`
 	Devices     []DeviceStatus `json:"devices"` // the observer first, then by name
+	Alarms      []Alarm        `json:"alarms,omitempty"`
+}
+
+// Alarm is something about the publisher's keys that a person has to look into: two
+// signed documents claim one place. The observer keeps to the one that came first.
+type Alarm struct {
+	Code  verify.Code   `json:"code"`
+	Place string        `json:"place"` // "trust document 2", "release 1.17" (line and seq)
+	Kept  verify.Digest `json:"kept"`
+	Other verify.Digest `json:"other"`
 }
 
 // Site sums the devices up.

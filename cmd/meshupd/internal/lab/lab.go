@@ -11,6 +11,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -116,8 +117,9 @@ func (l *Lab) toml(d *Device, cfg DeviceConfig) string {
 	}
 	listen := ""
 	if !l.Site.Isolated() {
-		// On a shared loopback each device needs an address of its own.
-		listen = fmt.Sprintf("listen = [%q]\ninterfaces = [\"lo\"]\n", d.Node.Addr4().String())
+		// On a shared loopback each device needs an address of its own, and there is no multicast: the first is everybody's seed.
+		first := net.JoinHostPort(l.Site.Nodes()[0].Addr4().String(), "7610")
+		listen = fmt.Sprintf("listen = [%q]\nmdns = false\nseeds = [%q]\n", d.Node.Addr4().String(), first)
 	}
 	return fmt.Sprintf(`product = %q
 hardware = %q

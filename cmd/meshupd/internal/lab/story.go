@@ -74,10 +74,17 @@ const (
 	roleUnhealthy = "fails its health check"
 )
 
+// Versions before and after.
+const (
+	oldVersion = "1.0.0"
+	newVersion = "2.0.0"
+)
+
 type actor struct {
 	*Device
-	role string
-	row  Row
+	role   string
+	row    Row
+	killed bool // in the middle of its fetch, and started again
 }
 
 // Story is the main job of meshupd with three things going wrong: a vendor signs
@@ -91,7 +98,7 @@ func (l *Lab) Story(ctx context.Context, cfg StoryConfig) (Outcome, error) {
 	if cfg.Watch == nil {
 		cfg.Watch = func(control.SiteStatus) {}
 	}
-	out := Outcome{Version: "2.0.0", Size: cfg.Size}
+	out := Outcome{Version: newVersion, Size: cfg.Size}
 	actors, err := l.cast(cfg)
 	if err != nil {
 		return out, err
@@ -220,13 +227,18 @@ func (l *Lab) accident(ctx context.Context, cfg StoryConfig, actors []*actor) er
 		if a.role != roleKilled {
 			continue
 		}
-		_, err := a.Until(ctx, func(st control.SiteStatus) bool {
+		st, err := a.Until(ctx, func(st control.SiteStatus) bool {
 			d := Self(st)
-			return d.State == control.StateFetching && d.Done != nil && *d.Done > cfg.Size/3
+			return d.State == control.StateFetching && d.Done != nil && *d.Done > cfg.Size/4 || d.State == control.StateConfirmed && d.Version == newVersion
 		})
 		if err != nil {
 			return fmt.Errorf("wait for %s to be half-way: %w", a.Name, err)
 		}
+		if Self(st).State == control.StateConfirmed {
+			cfg.Say("%s had the release before it could be killed: a larger image or slower links would show it", a.Name)
+			return nil
+		}
+		a.killed = true
 		if err := a.Kill(); err != nil {
 			return err
 		}
@@ -244,7 +256,7 @@ func atRest(d control.DeviceStatus, role string) bool {
 	case roleUnhealthy:
 		return d.State == control.StateRolledBack
 	default:
-		return d.State == control.StateConfirmed && d.Version == "2.0.0"
+		return d.State == control.StateConfirmed && d.Version == newVersion
 	}
 }
 
@@ -281,13 +293,13 @@ func judge(ctx context.Context, out *Outcome, actors []*actor, want verify.Diges
 		d := Self(self)
 		switch a.role {
 		case roleFull:
-			claim(d.Reason != nil && d.Reason.Code == verify.CodeSpace && d.Reason.NeedBytes > 0 && d.Version == "1.0.0",
-				a.Name+" says how much space it lacks, and still runs 1.0.0", "%s", a.row.Why)
+			claim(d.Reason != nil && d.Reason.Code == verify.CodeSpace && d.Reason.NeedBytes > 0 && d.Version == oldVersion,
+				a.Name+" says how much space it lacks, and still runs "+oldVersion, "%s", reasonOf(d))
 		case roleUnhealthy:
-			claim(d.Version == "1.0.0" && d.Reason != nil && d.Reason.Code == verify.CodeHealth,
-				a.Name+" went back to 1.0.0 by itself and says why", "%s", a.row.Why)
+			claim(d.Version == oldVersion && d.Reason != nil && d.Reason.Code == verify.CodeHealth,
+				a.Name+" went back to "+oldVersion+" by itself and says why", "%s", reasonOf(d))
 		case roleKilled:
-			claim(d.State == control.StateConfirmed, a.Name+" went on where it was killed", "%s", d.State)
+			claim(a.killed && d.State == control.StateConfirmed, a.Name+" was killed in the middle of its fetch and went on", "%s", d.State)
 		}
 	}
 	claim(len(st.Devices) == len(actors), "one device's status shows the whole site", "%d of %d devices", len(st.Devices), len(actors))
@@ -295,6 +307,18 @@ func judge(ctx context.Context, out *Outcome, actors []*actor, want verify.Diges
 	claim(out.FirstSent > 0 && out.FirstSent < 1.5, "the device with the stick sent the image about once",
 		"%.2f x the image, for %d devices that took it", out.FirstSent, len(actors)-2)
 	return nil
+}
+
+// reasonOf is a reason in a few words.
+func reasonOf(d control.DeviceStatus) string {
+	switch {
+	case d.Reason == nil:
+		return "no reason given"
+	case d.Reason.NeedBytes > 0:
+		return fmt.Sprintf("%s, %d bytes short", d.Reason.Code, d.Reason.NeedBytes)
+	default:
+		return string(d.Reason.Code)
+	}
 }
 
 func sentBy(name string, st control.SiteStatus) int64 {
