@@ -41,16 +41,16 @@ func (n *Node) forget(rel *verify.Release, keepHead bool) {
 	if !keepHead {
 		delete(n.releases, rel.ID())
 	}
-	busy := n.importing > 0
+	var others []*verify.Release
+	for i := range n.importing { // their images belong to no kept release yet
+		others = append(others, i.rel)
+	}
 	n.mu.Unlock()
-	others := without(n.known(), rel)
+	others = without(append(others, n.known()...), rel)
 	for _, img := range m.Images {
 		if !imageOf(others, img.SHA256) {
 			n.swarm.Stop(img.SHA256)
 		}
-	}
-	if busy {
-		return // the images of an import that is under way belong to no kept release yet; the next start sweeps
 	}
 	if err := n.store.Drop(rel, others); err != nil {
 		n.log.Warn("drop a release", "version", m.Version, "err", err)

@@ -78,7 +78,7 @@ type Node struct {
 	health    HealthFact
 	writing   progress
 	heard     map[string]DeviceState // last state each other device was heard in, for the history
-	importing int                    // imports that have images in the store and are not committed yet
+	importing map[*Import]bool       // imports that have images in the store and are not committed yet
 	changed   chan struct{}          // closed and replaced when anything a person could see changed
 }
 
@@ -97,9 +97,9 @@ func New(cfg Config) (*Node, error) {
 		cfg: cfg, log: cfg.Log,
 		wake:     make(chan struct{}, 1),
 		releases: map[verify.Digest]*verify.Release{},
-		recalled: map[verify.Digest]bool{},
-		heard:    map[string]DeviceState{},
-		changed:  make(chan struct{}),
+		recalled: map[verify.Digest]bool{}, importing: map[*Import]bool{},
+		heard:   map[string]DeviceState{},
+		changed: make(chan struct{}),
 	}
 	n.view.state = StateWaiting
 	n.view.since = time.Now()

@@ -175,10 +175,11 @@ func (n *Node) OpenImport(ctx context.Context, head *verify.UnverifiedHead, by, 
 	if err := n.store.CheckSpace(missing...); err != nil {
 		return nil, err
 	}
+	i := &Import{n: n, rel: rel, by: by, source: source}
 	n.mu.Lock()
-	n.importing++
+	n.importing[i] = true
 	n.mu.Unlock()
-	return &Import{n: n, rel: rel, by: by, source: source}, nil
+	return i, nil
 }
 
 // Release is what is being imported.
@@ -238,7 +239,7 @@ func (i *Import) Abort() {
 func (i *Import) close() {
 	i.end.Do(func() {
 		i.n.mu.Lock()
-		i.n.importing--
+		delete(i.n.importing, i)
 		i.n.mu.Unlock()
 	})
 }

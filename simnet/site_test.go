@@ -31,6 +31,10 @@ func TestMain(m *testing.M) {
 		os.Exit(helper(role))
 	}
 	notEntered = Enter()
+	if notEntered != nil && os.Getenv("CI") != "" {
+		fmt.Fprintln(os.Stderr, "CI must have namespaces:", notEntered)
+		os.Exit(1)
+	}
 	os.Exit(m.Run())
 }
 

@@ -67,7 +67,7 @@ type SlotsConfig struct {
 
 // HealthConfig says when a trial counts as healthy.
 type HealthConfig struct {
-	Command  []string `toml:"command" comment:"exit 0 means healthy; empty: running until the deadline is healthy"`
+	Command  []string `toml:"command" comment:"exit 0 means healthy; empty: a version that starts is taken for healthy"`
 	Deadline Duration `toml:"deadline" comment:"a trial that is not healthy by then is rolled back"`
 	Interval Duration `toml:"interval" comment:"time between two checks"`
 	Timeout  Duration `toml:"timeout" comment:"how long one check may take"`

@@ -22,6 +22,7 @@ type gnupg struct {
 func newGnupg(t *testing.T) *gnupg {
 	t.Helper()
 	// Not t.TempDir: the agent's socket below it must fit into 108 bytes.
+	need(t, "gpg")
 	home, err := os.MkdirTemp("", "gpg")
 	if err != nil {
 		t.Fatal(err)
