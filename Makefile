@@ -8,7 +8,7 @@ LDFLAGS   = -s -w
 ARCHES    = amd64 arm64 arm.7 arm.6 riscv64
 FUZZTIME ?= 10s
 
-.PHONY: build demo test check race vet staticcheck vulns cross fuzz bench licences clean
+.PHONY: build demo test check race vet staticcheck vulns cross fuzz torture bench licences clean
 
 build: ## the binary for this machine
 	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/meshupd ./cmd/meshupd
@@ -43,6 +43,9 @@ cross: ## every architecture we ship
 
 fuzz: ## every fuzz target for FUZZTIME
 	packaging/fuzz.sh $(FUZZTIME)
+
+torture: ## what takes longer than a change should wait: images beyond 4 GiB, many more random histories
+	MESHUPD_TORTURE=1 $(GO) test -timeout 60m -rapid.checks=5000 ./verify
 
 bench: build ## the figures of the README, as ratios in one run; needs network namespaces
 	$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 60m ./cmd/meshupd/internal/lab

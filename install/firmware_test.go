@@ -63,7 +63,7 @@ func (f *firmware) config(state string) install.BlockConfig {
 
 // loaders are all bootloaders there are, each on media of its own.
 var loaders = map[string]func(t *testing.T) *firmware{
-	"grub":         grubFirmware,
+	"grub":         func(t *testing.T) *firmware { return grubFirmware(t) },
 	"uboot left":   func(t *testing.T) *firmware { return ubootFirmware(t, install.UBootLeft) },
 	"uboot count":  func(t *testing.T) *firmware { return ubootFirmware(t, install.UBootCount) },
 	"systemd-boot": systemdBootFirmware,
@@ -88,7 +88,7 @@ func TestLoaders(t *testing.T) {
 }
 
 // ramDir is a folder in memory where there is one: most of these tests wait for nothing but syncs.
-func ramDir(t *testing.T) string {
+func ramDir(t testing.TB) string {
 	dir, err := os.MkdirTemp("/dev/shm", "meshupd-test-")
 	if err != nil {
 		return t.TempDir()
@@ -116,7 +116,7 @@ func writeTest(path string, data []byte) {
 }
 
 // grubFirmware does what packaging/boot/grub.cfg does.
-func grubFirmware(t *testing.T) *firmware {
+func grubFirmware(t testing.TB) *firmware {
 	env := filepath.Join(ramDir(t), "grubenv")
 	save := func(vars map[string]string) {
 		block := []byte("# GRUB Environment Block\n")

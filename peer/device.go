@@ -185,10 +185,15 @@ func idleHolds(s install.State, rel *verify.Release) bool {
 
 // observeImages fills in how much of the target is held and whether the rest fits.
 func (n *Node) observeImages(v *view) {
+	// What is verified and not durable yet counts for the progress, though not for anything else.
+	moving := map[verify.Digest]int64{}
+	for _, t := range n.swarm.Transfers() {
+		moving[t.Image] = t.Done
+	}
 	var missing []verify.Image
 	for _, img := range v.images {
 		v.total += img.Size
-		v.have += n.store.HaveBytes(img.SHA256)
+		v.have += max(n.store.HaveBytes(img.SHA256), moving[img.SHA256])
 		if !n.store.Has(img.SHA256) {
 			missing = append(missing, img)
 		}
@@ -386,6 +391,9 @@ func (n *Node) Rollback(ctx context.Context, by string) error {
 	other := s.Slots[s.Default.Other()]
 	if !other.Whole {
 		return verify.Refuse(verify.CodeSlot, "the other slot holds no whole version to go back to")
+	}
+	if n.withdrawn(other.Release) {
+		return verify.Refuse(verify.CodeRecalled, "the publisher withdrew version %s, which the other slot holds", other.Version)
 	}
 	now := s.Slots[s.Booted]
 	if !now.Release.IsZero() {

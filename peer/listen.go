@@ -76,7 +76,13 @@ func (m *Mesh) rebind(h *lanHost) bool {
 	return changed
 }
 
-func sameHost(a, b netip.Addr) bool { return a.Unmap() == b.Unmap() }
+// sameHost compares addresses. The switch names a bound link-local address without its zone.
+func sameHost(a, b netip.Addr) bool {
+	if a.Zone() == "" || b.Zone() == "" {
+		a, b = a.WithZone(""), b.WithZone("")
+	}
+	return a.Unmap() == b.Unmap()
+}
 
 func pause(ctx context.Context, d time.Duration) error {
 	timer := time.NewTimer(d)

@@ -297,11 +297,8 @@ func TestRecallOfAnImageWithItsReplacement(t *testing.T) {
 			if !r.withdrawn(u.ID) {
 				t.Errorf("%s does not know that the manifest is withdrawn with its image", r.at)
 			}
-			if err := r.Rollback(t.Context(), "test"); err == nil {
-				r.until("is not on the withdrawn version for good", func() bool {
-					st := r.Site().Devices[0].Status
-					return st.State == string(StateConfirmed) && st.Version == "1.2.0" || st.State == string(StateRolledBack)
-				})
+			if err := r.Rollback(t.Context(), "test"); verify.CodeOf(err) != verify.CodeRecalled {
+				t.Errorf("%s goes back to what was withdrawn: %v", r.at, err)
 			}
 		}
 	})
@@ -366,6 +363,25 @@ func TestRotationReachesADeviceThatWasAway(t *testing.T) {
 		if got := d[2].Site().Trust.Epoch; got != 2 {
 			t.Errorf("the device that was away is at trust document %d", got)
 		}
+	})
+}
+
+// A person goes back: what was left counts as failed here, until a newer one comes.
+func TestRollbackByAPersonStays(t *testing.T) {
+	inTown(t, 1, "1.0.0", func(w *town, d []*resident) {
+		for _, version := range []string{"1.1.0", "1.2.0"} {
+			d[0].takes(w.vendor.Bundle(t, verifytest.Opts{Version: version}))
+			d[0].runs(version)
+		}
+		if err := d[0].Rollback(t.Context(), "test"); err != nil {
+			t.Fatal(err)
+		}
+		d[0].until("is back, and says why it stays there", func() bool {
+			st := d[0].Site().Devices[0].Status
+			return st.Version == "1.1.0" && st.State == string(StateRolledBack) && st.Reason != nil && st.Reason.Code == verify.CodeFailedHere
+		})
+		d[0].takes(w.vendor.Bundle(t, verifytest.Opts{Version: "1.3.0"}))
+		d[0].runs("1.3.0")
 	})
 }
 

@@ -55,7 +55,7 @@ func TestManifestIsReadStrictly(t *testing.T) {
 		{"product with a dot at the end", replace("kiosk-a", "kiosk-a."), verify.CodeFormat},
 		{"product with two dots", replace("kiosk-a", "kiosk..a"), verify.CodeFormat},
 		{"product in another alphabet", replace("kiosk-a", "kiоsk-a"), verify.CodeFormat},
-		{"product with a joiner", replace("kiosk-a", "kiosk‍-a"), verify.CodeFormat},
+		{"product with a joiner", replace("kiosk-a", "kiosk\u200d-a"), verify.CodeFormat},
 		{"product with a space", replace("kiosk-a", "kiosk-a "), verify.CodeFormat},
 		{"channel in upper case", replace(`"stable"`, `"Stable"`), verify.CodeFormat},
 		{"empty", "", verify.CodeFormat},

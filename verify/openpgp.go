@@ -185,6 +185,10 @@ func readSignature(raw []byte) (s signaturePacket, err error) {
 	if r.Len() != 0 {
 		return s, Refuse(CodeFormat, "the signature has bytes after its end")
 	}
+	// Readers disagree on what such a signature does to those after it, so no file may have one.
+	if sig.IssuerKeyId == nil && len(sig.IssuerFingerprint) == 0 {
+		return s, Refuse(CodeSigProfile, "there is a signature that does not say whose it is")
+	}
 	return signaturePacket{sig: sig}, nil
 }
 

@@ -55,14 +55,20 @@ type MeshConfig struct {
 
 // SlotsConfig says where updates go.
 type SlotsConfig struct {
-	Kind           string   `toml:"kind" comment:"\"files\": two folders and a pointer"`
-	Folder         string   `toml:"folder" comment:"where the slots are (required)"`
+	Kind           string   `toml:"kind" comment:"\"files\": two folders and a pointer; \"block\": two partitions and a bootloader"`
+	Folder         string   `toml:"folder" comment:"files: where the slots are (required); block: where the records are, on neither slot"`
 	Layout         string   `toml:"layout" comment:"\"folder\": each slot a folder of images; \"image\": each slot one image file"`
 	Factory        string   `toml:"factory" comment:"version that the first slot holds when the device is new"`
 	Starts         int      `toml:"starts" comment:"starts that a trial gets, 1 to 10"`
 	Restart        []string `toml:"restart" comment:"command that starts the application from the chosen slot"`
 	RestartTimeout Duration `toml:"restart_timeout" comment:"how long it may take"`
-	Machine        bool     `toml:"machine" comment:"the restart command restarts the whole machine"`
+	Machine        bool     `toml:"machine" comment:"files: the restart command restarts the whole machine"`
+
+	A          string     `toml:"a" comment:"block: the partition of slot a"`
+	B          string     `toml:"b" comment:"block: the partition of slot b"`
+	Discard    bool       `toml:"discard" comment:"block: tell the medium what lies unused behind an image"`
+	Bootloader string     `toml:"bootloader" comment:"block: \"grub\", \"uboot\", \"systemd-boot\", \"tryboot\", \"efi\" or \"custom\""`
+	Boot       BootConfig `toml:"boot"`
 }
 
 // HealthConfig says when a trial counts as healthy.
@@ -100,8 +106,10 @@ func defaultConfig() Config {
 	name, _ := os.Hostname()
 	return Config{
 		Channel: "stable", Name: name, State: "/var/lib/meshupd", Run: "/run/meshupd",
-		Mesh:   MeshConfig{Interfaces: []string{}, Listen: []string{}, Port: 7610, Seeds: []string{}, MDNS: true, MaxPeers: 64},
-		Slots:  SlotsConfig{Kind: "files", Layout: "folder", Starts: 1, Restart: []string{}, RestartTimeout: Duration(2 * time.Minute)},
+		Mesh: MeshConfig{Interfaces: []string{}, Listen: []string{}, Port: 7610, Seeds: []string{}, MDNS: true, MaxPeers: 64},
+		Slots: SlotsConfig{Kind: "files", Layout: "folder", Starts: 1, Restart: []string{}, RestartTimeout: Duration(2 * time.Minute),
+			Boot: BootConfig{Env: "/boot/grub/grubenv", Config: "/etc/fw_env.config", Scheme: "left", Variable: "boot_slot", Dir: "/boot",
+				File: "/boot/firmware/autoboot.txt", Command: []string{}}},
 		Health: HealthConfig{Command: []string{}, Deadline: Duration(2 * time.Minute), Interval: Duration(2 * time.Second), Timeout: Duration(30 * time.Second)},
 		Store:  StoreConfig{Reserve: 64 << 20},
 		Policy: PolicyConfig{Auto: "install"},
@@ -176,24 +184,6 @@ func (c *Config) checkMesh() error {
 		return &fieldError{"mesh.port", "is not a port: 0 to 65535"}
 	case c.Mesh.MaxPeers < 1 || c.Mesh.MaxPeers > 1024:
 		return &fieldError{"mesh.max_peers", "is not 1 to 1024"}
-	}
-	return nil
-}
-
-func (c *Config) checkSlots() error {
-	switch {
-	case c.Slots.Kind != "files":
-		return &fieldError{"slots.kind", `is not "files"`}
-	case c.Slots.Folder == "":
-		return &fieldError{"slots.folder", "is missing"}
-	case c.Slots.Layout != "folder" && c.Slots.Layout != "image":
-		return &fieldError{"slots.layout", `is neither "folder" nor "image"`}
-	case c.Slots.Starts < 1 || c.Slots.Starts > 10:
-		return &fieldError{"slots.starts", "is not 1 to 10"}
-	case len(c.Slots.Restart) > 0 && c.Slots.Restart[0] == "":
-		return &fieldError{"slots.restart", "names no command"}
-	case c.Slots.RestartTimeout < leastDuration:
-		return &fieldError{"slots.restart_timeout", tooShort}
 	}
 	return nil
 }

@@ -31,7 +31,7 @@ func newConfigCmd(e *env) *cobra.Command {
 			if e.json != "" {
 				return e.printObject("meshupd.config-check/1", map[string]any{"ok": true, "files": filePaths(files)})
 			}
-			fmt.Fprintf(e.Out, "ok  %s: product %s, channel %s, slots %q\n", strings.Join(filePaths(files), ", "), cfg.Product, cfg.Channel, cfg.Slots.Folder)
+			fmt.Fprintf(e.Out, "ok  %s: product %s, channel %s, slots %s\n", strings.Join(filePaths(files), ", "), cfg.Product, cfg.Channel, cfg.Slots.place())
 			return nil
 		},
 	}

@@ -33,7 +33,7 @@ const memoryLimit = 48 << 20
 func runDaemon(ctx context.Context, cfg Config, log *slog.Logger) error {
 	debug.SetGCPercent(50)
 	debug.SetMemoryLimit(memoryLimit)
-	slots, err := openSlots(cfg)
+	slots, err := openSlots(ctx, cfg, log)
 	if err != nil {
 		return err
 	}
@@ -67,19 +67,11 @@ func runDaemon(ctx context.Context, cfg Config, log *slog.Logger) error {
 	return err
 }
 
-func openSlots(cfg Config) (*install.Files, error) {
-	return install.OpenFiles(install.FilesConfig{
-		Dir: cfg.Slots.Folder, Layout: install.Layout(cfg.Slots.Layout), FactoryVersion: cfg.Slots.Factory,
-		Restart: cfg.Slots.Restart, RestartTimeout: time.Duration(cfg.Slots.RestartTimeout),
-		Machine: cfg.Slots.Machine, Starts: cfg.Slots.Starts,
-	})
-}
-
 var policies = map[string]peer.Policy{
 	"off": peer.PolicyOff, "check": peer.PolicyOff, "fetch": peer.PolicyFetch, "install": peer.PolicyInstall,
 }
 
-func nodeConfig(cfg Config, slots *install.Files, log *slog.Logger) (peer.Config, error) {
+func nodeConfig(cfg Config, slots startedSlots, log *slog.Logger) (peer.Config, error) {
 	key, err := siteKey(cfg.Mesh.SiteKeyFile)
 	if err != nil {
 		return peer.Config{}, err

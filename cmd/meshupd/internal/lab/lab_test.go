@@ -82,8 +82,8 @@ func within(tb testing.TB, d time.Duration) context.Context {
 // killed half-way and started again, one has too small a disk, one is not healthy with it.
 func TestOneStickWholeSite(t *testing.T) {
 	l := newLab(t)
-	out, err := l.Story(within(t, 90*time.Second), lab.StoryConfig{
-		Devices: 10, Size: 24 << 20, Rate: 100e6,
+	out, err := l.Story(within(t, 4*time.Minute), lab.StoryConfig{
+		Devices: 10, Size: 24 << 20, Rate: 50e6,
 		Say: func(format string, args ...any) { t.Logf(format, args...) },
 	})
 	if err != nil {
