@@ -229,6 +229,7 @@ func (b *blockCells) put(slot SlotName, img verify.Image, fill func(io.Writer) e
 	}
 	defer f.Close()
 	w := newBlockWriter(f, size)
+	defer w.stop() // before f is closed
 	if err := b.cfg.step("image.fill", func() error { return fill(w) }); err != nil {
 		return mediumError(err, what, img.Content.Size)
 	}

@@ -1,20 +1,22 @@
 package install_test
 
 import (
+	"crypto/sha256"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
 
-	"io"
 	"meshupd/install"
 	"meshupd/verify"
 	"meshupd/verify/verifytest"
 )
 
 // BenchmarkBlockWrite compares the rate of a whole Write, up to the sync, with that of dd conv=fsync on the same file
-// system in the same run. ratio is meshupd's rate divided by dd's; readback is the share of the time that reading back took.
+// system in the same run. ratio is meshupd's rate divided by dd's; readback is the share of the time that reading back
+// took. On a disk that is faster than this machine can hash, sha256-MiB/s is what bounds the rate.
 func BenchmarkBlockWrite(b *testing.B) {
 	const size = 256 << 20
 	dir := b.TempDir()
@@ -62,7 +64,9 @@ func BenchmarkBlockWrite(b *testing.B) {
 			if err := os.WriteFile(slots[1], noise(uint64(i+1000), size), 0o600); err != nil {
 				b.Fatal(err)
 			}
-			exec.Command("sync", slots[1]).Run()
+			if out, err := exec.Command("sync", slots[1]).CombinedOutput(); err != nil {
+				b.Fatalf("sync: %v: %s", err, out)
+			}
 		}
 		start := time.Now()
 		if err := dev.Write(b.Context(), rel, rel.Manifest().Images, func(verify.Image) (io.ReadCloser, error) { return os.Open(image) }, nil); err != nil {
@@ -74,9 +78,14 @@ func BenchmarkBlockWrite(b *testing.B) {
 			dd()
 		}
 	}
+	data := noise(7, size)
+	start := time.Now()
+	sha256.Sum256(data)
+	sums := time.Since(start)
 	mib := float64(b.N) * size / (1 << 20)
 	b.ReportMetric(mib/ours.Seconds(), "MiB/s")
 	b.ReportMetric(mib/dds.Seconds(), "dd-MiB/s")
+	b.ReportMetric(size/(1<<20)/sums.Seconds(), "sha256-MiB/s")
 	b.ReportMetric(dds.Seconds()/ours.Seconds(), "ratio")
 	b.ReportMetric(back.Seconds()/(ours+back).Seconds(), "readback")
 }

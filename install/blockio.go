@@ -21,13 +21,21 @@ const (
 
 // blockWriter writes a stream to a device from its start, and leaves alone the blocks that are already right: flash
 // wears by writing. Where nothing matches, looking costs as much as writing; it then looks at ever fewer chunks.
+// The medium works in a goroutine, while the next chunk is decoded and hashed. Every writer must be ended by stop.
 type blockWriter struct {
 	f    *os.File
 	size int64 // of the device
-	at   int64 // where buf goes
-	buf  []byte
-	old  []byte
 
+	buf    []byte        // being filled
+	full   chan []byte   // to the goroutine
+	free   chan []byte   // and back
+	failed chan error    // its first error
+	done   chan struct{} // it has ended
+	closed bool          // full is
+
+	// Owned by the goroutine until done.
+	at     int64 // where the next chunk goes
+	old    []byte
 	misses int // chunks in a row that were looked at and had nothing in common
 	pause  int // chunks to write before the next look
 	queued int64
@@ -36,9 +44,32 @@ type blockWriter struct {
 }
 
 func newBlockWriter(f *os.File, size int64) *blockWriter {
-	return &blockWriter{f: f, size: size, buf: make([]byte, 0, blockChunk), old: make([]byte, blockChunk)}
+	w := &blockWriter{
+		f: f, size: size, buf: make([]byte, 0, blockChunk), old: make([]byte, blockChunk),
+		full: make(chan []byte, 1), free: make(chan []byte, 2), failed: make(chan error, 1), done: make(chan struct{}),
+	}
+	w.free <- make([]byte, 0, blockChunk)
+	w.free <- make([]byte, 0, blockChunk)
+	go w.work()
+	return w
 }
 
+// work writes chunks until full is closed. After an error it only takes them.
+func (w *blockWriter) work() {
+	defer close(w.done)
+	bad := false
+	for chunk := range w.full {
+		if !bad {
+			if err := w.flush(chunk); err != nil {
+				bad = true
+				w.failed <- err
+			}
+		}
+		w.free <- chunk[:0]
+	}
+}
+
+// Write may return the error of an earlier one.
 func (w *blockWriter) Write(p []byte) (int, error) {
 	done := 0
 	for done < len(p) {
@@ -46,8 +77,12 @@ func (w *blockWriter) Write(p []byte) (int, error) {
 		w.buf = append(w.buf, p[done:done+n]...)
 		done += n
 		if len(w.buf) == blockChunk {
-			if err := w.flush(); err != nil {
+			w.full <- w.buf
+			w.buf = <-w.free
+			select {
+			case err := <-w.failed:
 				return done, err
+			default:
 			}
 		}
 	}
@@ -56,44 +91,59 @@ func (w *blockWriter) Write(p []byte) (int, error) {
 
 // finish writes what is left, with zeros up to the end of its block: the rest of a block of an older image is no one's.
 func (w *blockWriter) finish() error {
-	end := w.at + int64(len(w.buf))
-	pad := min((end+blockSize-1)/blockSize*blockSize, max(w.size, end)) - end
-	w.buf = append(w.buf, make([]byte, pad)...)
-	return w.flush()
-}
-
-func (w *blockWriter) flush() error {
-	if len(w.buf) == 0 {
+	if tail := int64(len(w.buf)) % blockSize; tail > 0 {
+		w.buf = append(w.buf, make([]byte, blockSize-tail)...)
+	}
+	w.full <- w.buf
+	w.stop()
+	select {
+	case err := <-w.failed:
+		return err
+	default:
 		return nil
 	}
-	if w.at+int64(len(w.buf)) > w.size {
-		return unix.ENOSPC
+}
+
+// stop waits for the goroutine.
+func (w *blockWriter) stop() {
+	if !w.closed {
+		w.closed = true
+		close(w.full)
 	}
-	err := w.flushChunk()
-	w.at += int64(len(w.buf))
-	w.buf = w.buf[:0]
+	<-w.done
+}
+
+func (w *blockWriter) flush(chunk []byte) error {
+	// Only the zeros behind the image can lie behind the end: a device need not be a whole number of blocks.
+	if over := w.at + int64(len(chunk)) - w.size; over >= blockSize || over > 0 && bytes.Trim(chunk[int64(len(chunk))-over:], "\x00") != nil {
+		return unix.ENOSPC
+	} else if over > 0 {
+		chunk = chunk[:int64(len(chunk))-over]
+	}
+	err := w.flushChunk(chunk)
+	w.at += int64(len(chunk))
 	return err
 }
 
-func (w *blockWriter) flushChunk() error {
+func (w *blockWriter) flushChunk(chunk []byte) error {
 	if w.pause > 0 {
 		w.pause--
-		return w.put(0, len(w.buf))
+		return w.put(chunk, w.at)
 	}
-	old := w.old[:len(w.buf)]
+	old := w.old[:len(chunk)]
 	if _, err := w.f.ReadAt(old, w.at); err != nil && err != io.EOF {
 		// A block that cannot be read may well be written.
-		return w.put(0, len(w.buf))
+		return w.put(chunk, w.at)
 	}
-	same := len(w.buf)
-	for _, r := range differing(old, w.buf) {
-		if err := w.put(r[0], r[1]); err != nil {
+	same := len(chunk)
+	for _, r := range differing(old, chunk) {
+		if err := w.put(chunk[r[0]:r[1]], w.at+int64(r[0])); err != nil {
 			return err
 		}
 		same -= r[1] - r[0]
 	}
 	w.same += int64(same)
-	if same > 0 {
+	if same > 0 || len(chunk) == 0 {
 		w.misses = 0
 		return nil
 	}
@@ -118,13 +168,12 @@ func differing(old, now []byte) (runs [][2]int) {
 	return runs
 }
 
-// put writes a part of buf.
-func (w *blockWriter) put(from, to int) error {
-	if _, err := w.f.WriteAt(w.buf[from:to], w.at+int64(from)); err != nil {
+func (w *blockWriter) put(data []byte, at int64) error {
+	if _, err := w.f.WriteAt(data, at); err != nil {
 		return err
 	}
-	w.written += int64(to - from)
-	if w.queued += int64(to - from); w.queued >= syncEvery {
+	w.written += int64(len(data))
+	if w.queued += int64(len(data)); w.queued >= syncEvery {
 		w.queued = 0
 		// Only a hint; the sync at the end is what counts.
 		_ = unix.SyncFileRange(int(w.f.Fd()), 0, 0, unix.SYNC_FILE_RANGE_WRITE)

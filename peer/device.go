@@ -148,6 +148,10 @@ func (n *Node) observe(ctx context.Context) (view, error) {
 	if versionOf(v.target) != versionOf(n.view.target) || v.started.IsZero() {
 		v.started = time.Now()
 	}
+	if before := n.view; v.facts != before.facts || v.state != before.state || v.have != before.have ||
+		versionOf(v.target) != versionOf(before.target) || v.slots.Slots[v.slots.Booted] != before.slots.Slots[before.slots.Booted] {
+		n.touchLocked() // who watches must hear of what this round found, not of the wake that led to it
+	}
 	n.view = v
 	return v, nil
 }

@@ -118,6 +118,9 @@ func (n *Node) openState() (err error) {
 	if n.door, err = verify.OpenDoor(verify.DoorConfig{Dir: dir, Anchor: n.cfg.Anchor, Product: n.cfg.Product, BuildTime: n.cfg.BuildTime}); err != nil {
 		return fmt.Errorf("open the trust of this device: %w", err)
 	}
+	if why := n.door.Trust().Damage; why != "" {
+		n.log.Error("the kept trust chain is damaged; what holds of it is used", "why", why)
+	}
 	if n.store, err = swarm.OpenStore(swarm.StoreConfig{Dir: filepath.Join(dir, "store"), Reserve: n.cfg.Reserve, Log: n.log}); err != nil {
 		return fmt.Errorf("open the store: %w", err)
 	}

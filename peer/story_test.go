@@ -366,6 +366,44 @@ func TestRotationReachesADeviceThatWasAway(t *testing.T) {
 	})
 }
 
+// New keys may come with a release that everyone has already: the news travels all
+// the same, also to a device that was away.
+func TestTrustTravelsWithAReleaseThatIsKnown(t *testing.T) {
+	inTown(t, 3, "1.0.0", func(w *town, d []*resident) {
+		v := w.vendor
+		dir := v.Release(t, verifytest.Opts{Version: "1.1.0"})
+		pack := func(name string) string {
+			out := filepath.Join(v.Dir, name)
+			if err := publish.Pack(t.Context(), dir, out, nil); err != nil {
+				t.Fatal(err)
+			}
+			return out
+		}
+		d[0].takes(pack("one.update"))
+		for _, r := range d {
+			r.runs("1.1.0")
+		}
+		w.part(d[2], false)
+		fresh, err := publish.NewKey(publish.KeyOptions{Name: "Fresh"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		// The release folder is a trust folder, too: its chain grows in place.
+		if _, err := publish.NextTrust(dir, publish.TrustChanges{AddRelease: []*verify.Certificate{fresh.Certificate()}, IssuedAt: time.Now()}); err != nil {
+			t.Fatal(err)
+		}
+		if _, done, err := publish.SignTrust(dir, []*publish.SecretKey{v.Key}); err != nil || !done {
+			t.Fatal(done, err)
+		}
+		d[0].takes(pack("two.update"))
+		w.part(d[2], true)
+		for _, r := range d {
+			r.until("knows the new keys", func() bool { return r.Site().Trust.Epoch == 2 })
+			r.runs("1.1.0")
+		}
+	})
+}
+
 // A person goes back: what was left counts as failed here, until a newer one comes.
 func TestRollbackByAPersonStays(t *testing.T) {
 	inTown(t, 1, "1.0.0", func(w *town, d []*resident) {

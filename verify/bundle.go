@@ -20,7 +20,7 @@ type imageSource interface {
 	// open returns the bytes of img, which has to come next; the reader may give fewer or more than img.Size.
 	open(img Image) (io.Reader, error)
 	// end says whether anything follows the last image: nil or a Refusal.
-	end(rel *Release) error
+	end(images []Image) error
 	close() error
 }
 
@@ -44,9 +44,20 @@ func (b *UnverifiedBundle) Head() *UnverifiedHead { return b.head }
 // unread. After the last image NextImage returns io.EOF if nothing else follows,
 // or a Refusal (E-BUNDLE).
 func (b *UnverifiedBundle) NextImage(rel *Release) (Image, io.Reader, error) {
-	images := rel.manifest.Images
+	img, r, err := b.NextUnverified(rel.manifest.Images)
+	if err != nil {
+		return Image{}, nil, err
+	}
+	return img, &imageReader{r: r, img: img, hash: sha256.New()}, nil
+}
+
+// NextUnverified is NextImage for whoever hands a bundle on to a device that has
+// verified its head: images are those of the manifest in its order, as that device
+// says (Name, SHA256 and Size). Names, order, sizes and the end of the bundle are
+// checked; the bytes are not, and may be fewer than Size.
+func (b *UnverifiedBundle) NextUnverified(images []Image) (Image, io.Reader, error) {
 	if b.next == len(images) {
-		if err := b.images.end(rel); err != nil {
+		if err := b.images.end(images); err != nil {
 			return Image{}, nil, err
 		}
 		return Image{}, nil, io.EOF
@@ -57,7 +68,7 @@ func (b *UnverifiedBundle) NextImage(rel *Release) (Image, io.Reader, error) {
 		return Image{}, nil, err
 	}
 	b.next++
-	return img, &imageReader{r: r, img: img, hash: sha256.New()}, nil
+	return img, r, nil
 }
 
 // Close frees the folder's descriptors. The stream of OpenBundle stays the caller's.
@@ -89,7 +100,7 @@ func (s *tarImages) open(img Image) (io.Reader, error) {
 	return &tarBody{s.t}, nil
 }
 
-func (s *tarImages) end(*Release) error {
+func (s *tarImages) end([]Image) error {
 	hdr, err := s.t.image, error(nil)
 	if hdr == nil {
 		hdr, err = s.t.next()

@@ -41,7 +41,7 @@ func TestEveryCodeIsProvoked(t *testing.T) {
 		}
 		raw, err := os.ReadFile(path)
 		for name, text := range codes {
-			if regexp.MustCompile(`\b(`+name+`|`+text+`)\b`).Match(raw) {
+			if regexp.MustCompile(`\b(` + name + `|` + text + `)\b`).Match(raw) {
 				delete(codes, name)
 			}
 		}

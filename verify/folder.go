@@ -195,7 +195,7 @@ func (f *folder) open(img Image) (io.Reader, error) {
 	return file, nil
 }
 
-func (f *folder) end(rel *Release) error {
+func (f *folder) end(images []Image) error {
 	names, err := f.list(dirImages)
 	if err != nil {
 		return err
@@ -205,7 +205,7 @@ func (f *folder) end(rel *Release) error {
 		if err != nil {
 			return err
 		}
-		if _, ok := rel.Image(p.digest); !ok {
+		if !slices.ContainsFunc(images, func(img Image) bool { return img.SHA256 == p.digest }) {
 			return Refuse(CodeBundle, "%s does not belong in the folder", name)
 		}
 	}

@@ -50,6 +50,10 @@ func makeHistory(t *testing.T) *history {
 		}
 		add(epoch+1, key, func(m *verify.Manifest) { m.Seq, m.NotAfter = 4, &old })
 		add(epoch+1, key, func(m *verify.Manifest) { m.Seq, m.Images, m.Recalls = 5, nil, []verify.Digest{{byte(epoch + 1)}} })
+		add(epoch+1, key, func(m *verify.Manifest) {
+			m.Seq, m.Images = 6, append([]verify.Image{}, m.Images...)
+			m.Images[0].SHA256, m.Images[0].Content.SHA256 = verify.Digest{byte(epoch + 1)}, verify.Digest{byte(epoch + 1)}
+		})
 		add(epoch+1, key, func(m *verify.Manifest) { m.Seq = verify.MaxSeq - uint64(epoch) })
 		add(epoch+1, thief, func(m *verify.Manifest) { m.Seq = 9 })
 		add(epoch+1, key, func(m *verify.Manifest) { m.Product = "kiosk-b" })

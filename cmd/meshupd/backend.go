@@ -146,12 +146,15 @@ func (b backend) Watch(ctx context.Context) <-chan struct{} {
 	out := make(chan struct{}, 1)
 	go func() {
 		defer close(out)
+		changed := b.node.Changed()
 		for {
 			select {
 			case <-ctx.Done():
 				return
-			case <-b.node.Changed():
+			case <-changed:
 			}
+			// Taken before the pause below, so that a change during it is not missed.
+			changed = b.node.Changed()
 			select {
 			case out <- struct{}{}:
 			default:

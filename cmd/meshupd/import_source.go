@@ -1,11 +1,9 @@
 package main
 
 import (
-	"archive/tar"
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -90,26 +88,32 @@ func scanFolder(dir string) (files []source, folders []string, err error) {
 	return files, folders, nil
 }
 
-// head reads the canonical bytes of the release's head.
-func (s source) head() ([]byte, error) {
+// openBundle reads the release's head; the caller closes what it returns.
+func (s source) openBundle() (*verify.UnverifiedBundle, io.Closer, error) {
 	if s.folder {
 		b, err := verify.OpenFolder(s.path)
-		if err != nil {
-			return nil, err
-		}
-		defer b.Close()
-		return b.Head().Bytes(), nil
+		return b, b, err
 	}
 	f, err := openRegular(os.OpenFile(s.path, os.O_RDONLY|syscall.O_NONBLOCK, 0))
 	if err != nil {
-		return nil, openError("open", err)
+		return nil, nil, openError("open", err)
 	}
-	defer f.Close()
-	h, err := verify.ReadHead(f)
+	b, err := verify.OpenBundle(f)
+	if err != nil {
+		_ = f.Close()
+		return nil, nil, err
+	}
+	return b, f, nil
+}
+
+// head reads the canonical bytes of the release's head.
+func (s source) head() ([]byte, error) {
+	b, stop, err := s.openBundle()
 	if err != nil {
 		return nil, err
 	}
-	return h.Bytes(), nil
+	defer stop.Close()
+	return b.Head().Bytes(), nil
 }
 
 // openRegular accepts only a regular file: a named pipe would wait for ever.
@@ -129,91 +133,33 @@ func openRegular(f *os.File, err error) (*os.File, error) {
 }
 
 // images calls send with the bytes of each image that the daemon lacks. What
-// they are is for the daemon to check; here only their number has to be right.
+// they are is for the daemon to check; here only the layout has to be right, to the end of the file.
 func (s source) images(want []control.ImportImage, send func(control.ImportImage, io.Reader) error) error {
-	if s.folder {
-		return s.folderImages(want, send)
-	}
-	f, err := openRegular(os.OpenFile(s.path, os.O_RDONLY|syscall.O_NONBLOCK, 0))
+	b, stop, err := s.openBundle()
 	if err != nil {
-		return openError("open", err)
+		return err
 	}
-	defer f.Close()
-	tr := tar.NewReader(f)
+	defer stop.Close()
+	list := make([]verify.Image, len(want))
+	for i, img := range want {
+		list[i] = verify.Image{Name: img.Name, SHA256: img.Digest, Size: img.Size}
+	}
 	for _, img := range want {
-		if img.Have {
-			continue
-		}
-		if err := seekEntry(tr, img); err != nil {
-			return err
-		}
-		if err := send(img, &exactReader{r: tr, left: img.Size, what: img.Name}); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// seekEntry moves to an image; those the daemon has are passed over.
-func seekEntry(tr *tar.Reader, img control.ImportImage) error {
-	for {
-		h, err := tr.Next()
-		switch {
-		case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
-			return verify.Refuse(verify.CodeTruncated, "the file ends before image %s", img.Name)
-		case err != nil:
+		_, r, err := b.NextUnverified(list)
+		if err != nil {
 			return readError(err)
-		case h.Name != verify.ImageName(img.Digest):
-			continue
-		case h.Typeflag != tar.TypeReg || h.Size != img.Size:
-			return verify.Refuse(verify.CodeSize, "image %s has %d bytes in the file, %d were signed", img.Name, h.Size, img.Size)
 		}
-		return nil
-	}
-}
-
-func (s source) folderImages(want []control.ImportImage, send func(control.ImportImage, io.Reader) error) error {
-	root, err := os.OpenRoot(s.path) // a link on the stick leads nowhere else
-	if err != nil {
-		return openError("open", err)
-	}
-	defer root.Close()
-	for _, img := range want {
 		if img.Have {
 			continue
 		}
-		if err := sendFile(root, img, send); err != nil {
+		if err := send(img, &exactReader{r: r, left: img.Size, what: img.Name}); err != nil {
 			return err
 		}
 	}
-	return nil
-}
-
-func sendFile(root *os.Root, img control.ImportImage, send func(control.ImportImage, io.Reader) error) error {
-	// A link is no image, wherever it leads.
-	if info, err := root.Lstat(verify.ImageName(img.Digest)); err == nil && !info.Mode().IsRegular() {
-		return verify.Refuse(verify.CodeBundle, "image %s is not a file", img.Name)
-	}
-	f, err := openRegular(root.OpenFile(verify.ImageName(img.Digest), os.O_RDONLY|syscall.O_NONBLOCK, 0))
-	if errors.Is(err, fs.ErrNotExist) {
-		return verify.Refuse(verify.CodeBundle, "image %s is missing: no %s", img.Name, verify.ImageName(img.Digest))
-	}
-	if err != nil {
-		return openError("open image "+img.Name, err)
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
+	if _, _, err := b.NextUnverified(list); !errors.Is(err, io.EOF) {
 		return readError(err)
 	}
-	if info.Size() != img.Size {
-		code := verify.CodeSize
-		if info.Size() < img.Size {
-			code = verify.CodeTruncated
-		}
-		return verify.Refuse(code, "image %s has %d bytes, %d were signed", img.Name, info.Size(), img.Size)
-	}
-	return send(img, &exactReader{r: f, left: img.Size, what: img.Name})
+	return nil
 }
 
 // exactReader words what happens when a file ends early or its stick is pulled out.
@@ -241,9 +187,6 @@ func (x *exactReader) Read(p []byte) (int, error) {
 func readError(err error) error {
 	if verify.CodeOf(err) != "" {
 		return err
-	}
-	if errors.Is(err, tar.ErrHeader) {
-		return verify.Refuse(verify.CodeFormat, "the file is no release bundle: %w", err)
 	}
 	return verify.Refuse(verify.CodeIO, "the source cannot be read: %w", fmt.Errorf("read: %w", err))
 }

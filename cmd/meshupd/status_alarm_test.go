@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"strings"
 	"testing"
+	"time"
 
 	"meshupd/cmd/meshupd/internal/control"
 	"meshupd/cmd/meshupd/internal/screen"
@@ -14,7 +15,7 @@ import (
 func TestAlarmsAreShownFirst(t *testing.T) {
 	st := control.SiteStatus{Alarms: []control.Alarm{{Code: verify.CodeFork, Place: "trust document 2", Kept: verify.Digest{1}, Other: verify.Digest{2}}},
 		Devices: []control.DeviceStatus{{Name: "kiosk-1", State: control.StateBlocked}}}
-	text := siteScreen(screen.Canvas{Width: 80, Height: 24}, st, false)
+	text := siteScreen(screen.Canvas{Width: 80, Height: 24, Location: time.UTC}, st, false)
 	at := 0
 	for _, want := range []string{"NEEDS YOU  two signed documents claim to be trust document 2 [E-FORK]", "in force  " + verify.Digest{1}.String(),
 		"refused   " + verify.Digest{2}.String(), "meshupd help E-FORK", "kiosk-1"} {

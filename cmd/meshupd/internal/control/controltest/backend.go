@@ -37,6 +37,7 @@ type Backend struct {
 	held    map[verify.Digest]bool
 	calls   []string
 	watcher chan struct{}
+	newest  *verify.Release // that was committed
 	// Aborted tells each import that was given up.
 	Aborted chan string
 }
@@ -130,6 +131,9 @@ func (b *Backend) OpenImport(ctx context.Context, head *verify.UnverifiedHead, _
 	if err := rel.Fits(b.scenario.Device); err != nil {
 		return nil, err
 	}
+	if err := b.order(rel); err != nil {
+		return nil, err
+	}
 	imp := &importing{b: b, rel: rel}
 	var need int64
 	for _, img := range imp.Info().Images {
@@ -141,6 +145,17 @@ func (b *Backend) OpenImport(ctx context.Context, head *verify.UnverifiedHead, _
 		return nil, &verify.Refusal{Code: verify.CodeSpace, Detail: "the store is too small", NeedBytes: need - b.scenario.Free}
 	}
 	return imp, nil
+}
+
+// order refuses what is older than the newest, unless that leads through it.
+func (b *Backend) order(rel *verify.Release) error {
+	b.mu.Lock()
+	newest := b.newest
+	b.mu.Unlock()
+	if newest == nil || rel.Compare(newest) >= 0 {
+		return nil
+	}
+	return b.door.AllowVia(newest, rel, func(verify.Digest) (verify.Manifest, bool) { return verify.Manifest{}, false })
 }
 
 type importing struct {
@@ -184,7 +199,13 @@ func (i *importing) Commit(context.Context) error {
 		}
 	}
 	if err := i.b.door.Accept(i.rel); err != nil {
-		return err
+		if older := i.b.order(i.rel); verify.CodeOf(err) != verify.CodeOrder || older != nil {
+			return err
+		}
+	} else {
+		i.b.mu.Lock()
+		i.b.newest = i.rel
+		i.b.mu.Unlock()
 	}
 	i.b.note("import " + i.rel.Manifest().Version)
 	return nil
