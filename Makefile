@@ -8,7 +8,7 @@ LDFLAGS   = -s -w
 ARCHES    = amd64 arm64 arm.7 arm.6 riscv64
 FUZZTIME ?= 10s
 
-.PHONY: build demo test check race vet staticcheck vulns cross fuzz torture bench licences clean
+.PHONY: build demo test check race vet staticcheck vulns cross fuzz torture bench man licences clean
 
 build: ## the binary for this machine
 	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/meshupd ./cmd/meshupd
@@ -49,6 +49,9 @@ torture: ## what takes longer than a change should wait: images beyond 4 GiB, ma
 
 bench: build ## the figures of the README, as ratios in one run; needs network namespaces
 	$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 60m ./cmd/meshupd/internal/lab
+
+man: build ## manual pages, one a command
+	bin/meshupd help --json | $(GO) run ./packaging/man -out bin/man
 
 licences: ## licences of everything that is linked in
 	$(TOOL) go-licenses report ./cmd/meshupd --ignore meshupd --ignore github.com/anacrolix/go-utp 2>/dev/null
