@@ -46,7 +46,7 @@ type blockWriter struct {
 func newBlockWriter(f *os.File, size int64) *blockWriter {
 	w := &blockWriter{
 		f: f, size: size, buf: make([]byte, 0, blockChunk), old: make([]byte, blockChunk),
-		full: make(chan []byte, 1), free: make(chan []byte, 2), failed: make(chan error, 1), done: make(chan struct{}),
+		full: make(chan []byte, 1), free: make(chan []byte, 3), failed: make(chan error, 1), done: make(chan struct{}),
 	}
 	w.free <- make([]byte, 0, blockChunk)
 	w.free <- make([]byte, 0, blockChunk)

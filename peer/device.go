@@ -49,6 +49,7 @@ func (n *Node) live(ctx context.Context) error {
 				if step == StepFetch {
 					n.fetch(v)
 				}
+				n.relay(v)
 				pause = 0
 				n.wait(ctx, n.idleFor(v))
 				n.pauseFor(ctx, roundsApart-time.Since(looked))

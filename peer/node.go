@@ -30,6 +30,7 @@ type Config struct {
 	StateDir string
 	Anchor   string // folder with the factory trust document
 	Reserve  int64  // bytes that stay free on the store's file system
+	Relay    int64  // bytes of images for other hardware that are fetched to be handed on; 0: none
 	// BuildTime is when this program was made, see verify.DoorConfig; zero: unknown.
 	BuildTime time.Time
 	Meshupd   string // version of this program, for releases that need a newer one

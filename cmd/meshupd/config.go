@@ -82,6 +82,7 @@ type HealthConfig struct {
 // StoreConfig bounds the store of images.
 type StoreConfig struct {
 	Reserve Size `toml:"reserve" comment:"what stays free on its disk"`
+	Relay   Size `toml:"relay" comment:"how much is fetched for neighbours of other hardware, to be handed on; \"0\": nothing"`
 }
 
 // LimitsConfig bounds the traffic.

@@ -81,7 +81,7 @@ func nodeConfig(cfg Config, slots startedSlots, log *slog.Logger) (peer.Config, 
 	return peer.Config{
 		Name: cfg.Name, Product: cfg.Product, Hardware: cfg.Hardware, Channel: cfg.Channel,
 		BuildTime: buildTime(), Meshupd: buildVersion().Version,
-		StateDir: cfg.State, Anchor: cfg.Trust, Reserve: int64(cfg.Store.Reserve),
+		StateDir: cfg.State, Anchor: cfg.Trust, Reserve: int64(cfg.Store.Reserve), Relay: int64(cfg.Store.Relay),
 		Slots: slots, Starter: slots.Start,
 		Health: func(ctx context.Context, slot install.SlotName, version string) error {
 			return health.For(slot, version).Check(ctx)

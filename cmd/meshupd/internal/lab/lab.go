@@ -59,6 +59,7 @@ type DeviceConfig struct {
 	// StateDir, if set, is used instead of a folder of the lab's.
 	StateDir string
 	Reserve  string // bytes that must stay free, as in the config file
+	Relay    string // bytes fetched for other hardware, as in the config file
 	Policy   string
 	// Lines are added to the config as they are.
 	Lines []string
@@ -143,13 +144,14 @@ interval = "200ms"
 
 [store]
 reserve = %q
+relay = %q
 
 [policy]
 auto = %q
 %s
 `, Product, or(cfg.Hardware, "rev-a"), or(cfg.Channel, "stable"), cfg.Name, l.Vendor.Anchor(),
 		or(cfg.StateDir, filepath.Join(d.Dir, "state")), filepath.Join(d.Dir, "run"), listen,
-		filepath.Join(d.Dir, "slots"), tomlList(health), or(cfg.Reserve, "1MiB"), or(cfg.Policy, "install"),
+		filepath.Join(d.Dir, "slots"), tomlList(health), or(cfg.Reserve, "1MiB"), or(cfg.Relay, "0"), or(cfg.Policy, "install"),
 		strings.Join(cfg.Lines, "\n"))
 }
 
