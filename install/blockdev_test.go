@@ -326,7 +326,7 @@ func TestTrybootOutlivesThePowerThatItsArgumentDoesNot(t *testing.T) {
 func loopDevice(t testing.TB, n int64) string {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		t.Skip("no loop devices without root; the tests on real block devices did not run")
+		install.CannotRun(t, "no loop devices without root; the tests on real block devices did not run")
 	}
 	path := filepath.Join(t.TempDir(), "disk")
 	if err := os.WriteFile(path, nil, 0o600); err != nil {
@@ -337,7 +337,7 @@ func loopDevice(t testing.TB, n int64) string {
 	}
 	out, err := exec.Command("losetup", "--find", "--show", path).CombinedOutput()
 	if err != nil {
-		t.Skipf("no loop device (%v: %s); the tests on real block devices did not run", err, bytes.TrimSpace(out))
+		install.CannotRun(t, "no loop device (%v: %s); the tests on real block devices did not run", err, bytes.TrimSpace(out))
 	}
 	dev := strings.TrimSpace(string(out))
 	t.Cleanup(func() {
@@ -363,11 +363,11 @@ func TestBlockOnLoopDevices(t *testing.T) {
 	must(t, "let go", holder.Close())
 
 	if out, err := exec.Command("mkfs.ext4", "-q", "-F", b).CombinedOutput(); err != nil {
-		t.Skipf("mkfs.ext4 does not run (%v: %s); the test with a mounted slot did not run", err, out)
+		install.CannotRun(t, "mkfs.ext4 does not run (%v: %s); the test with a mounted slot did not run", err, out)
 	}
 	at := t.TempDir()
 	if err := syscall.Mount(b, at, "ext4", syscall.MS_RDONLY, ""); err != nil {
-		t.Skipf("mount: %v; the test with a mounted slot did not run", err)
+		install.CannotRun(t, "mount: %v; the test with a mounted slot did not run", err)
 	}
 	err = v.write(t.Context(), dev)
 	must(t, "unmount", syscall.Unmount(at, 0))
