@@ -254,7 +254,7 @@ func (b *blockCells) put(slot SlotName, img verify.Image, fill func(io.Writer) e
 	return nil
 }
 
-func (b *blockCells) open(slot SlotName, img verify.Image) (io.ReadCloser, error) {
+func (b *blockCells) check(ctx context.Context, slot SlotName, img verify.Image) error {
 	var r *slotReader
 	err := b.cfg.step("image.open", func() (err error) {
 		r, err = openSlotReader(b.paths[slot], img.Content.Size)
@@ -264,7 +264,7 @@ func (b *blockCells) open(slot SlotName, img verify.Image) (io.ReadCloser, error
 		if r != nil {
 			r.Close()
 		}
-		return nil, mediumError(err, "read image "+img.Name+" back", 0)
+		return mediumError(err, "read image "+img.Name+" back", 0)
 	}
-	return r, nil
+	return readBack(ctx, r, slot, img)
 }

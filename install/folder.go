@@ -1,6 +1,7 @@
 package install
 
 import (
+	"context"
 	"errors"
 	"io"
 	"io/fs"
@@ -216,7 +217,7 @@ func (f *folder) put(slot SlotName, img verify.Image, fill func(io.Writer) error
 	return mediumError(f.cfg.step("image.commit", file.Commit), what, img.Content.Size)
 }
 
-func (f *folder) open(slot SlotName, img verify.Image) (io.ReadCloser, error) {
+func (f *folder) check(ctx context.Context, slot SlotName, img verify.Image) error {
 	var file *os.File
 	err := f.cfg.step("image.open", func() (err error) {
 		file, err = os.OpenFile(f.imagePath(slot, img), os.O_RDONLY|unix.O_NOFOLLOW, 0)
@@ -226,12 +227,12 @@ func (f *folder) open(slot SlotName, img verify.Image) (io.ReadCloser, error) {
 		if file != nil {
 			file.Close()
 		}
-		return nil, mediumError(err, "read image "+img.Name+" back", 0)
+		return mediumError(err, "read image "+img.Name+" back", 0)
 	}
 	// The pages are clean since Commit, so this makes the kernel read them from the medium. A file system that
 	// knows no page cache may refuse, and needs no asking.
 	_ = unix.Fadvise(int(file.Fd()), 0, 0, unix.FADV_DONTNEED)
-	return file, nil
+	return readBack(ctx, file, slot, img)
 }
 
 // coded gives err a code unless it has one.

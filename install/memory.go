@@ -212,13 +212,13 @@ func (m *memoryView) put(slot SlotName, img verify.Image, fill func(io.Writer) e
 	return mediumError(m.step("image.commit", func() { m.slots[slot][img.Name] = data.Bytes() }), what, img.Content.Size)
 }
 
-func (m *memoryView) open(slot SlotName, img verify.Image) (io.ReadCloser, error) {
+func (m *memoryView) check(ctx context.Context, slot SlotName, img verify.Image) error {
 	var data []byte
 	err := m.step("image.open", func() { data = m.slots[slot][img.Name] })
 	if err != nil {
-		return nil, mediumError(err, "read image "+img.Name+" back", 0)
+		return mediumError(err, "read image "+img.Name+" back", 0)
 	}
-	return io.NopCloser(bytes.NewReader(data)), nil
+	return readBack(ctx, io.NopCloser(bytes.NewReader(data)), slot, img)
 }
 
 // Digests returns the digest of each image that a slot holds.

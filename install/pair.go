@@ -81,7 +81,7 @@ func (p *pair) Write(ctx context.Context, rel *verify.Release, images []verify.I
 		if err := p.cells.put(slot, img, filling(ctx, img, open, meter)); err != nil {
 			return err
 		}
-		if err := p.readBack(ctx, slot, img); err != nil {
+		if err := p.cells.check(ctx, slot, img); err != nil {
 			return err
 		}
 	}

@@ -25,8 +25,8 @@ type cells interface {
 	clear(slot SlotName, keep []verify.Image) error
 	// put makes the image's file, durable when it returns nil.
 	put(slot SlotName, img verify.Image, fill func(io.Writer) error) error
-	// open reads an image back from the medium, not from a cache of what was written.
-	open(slot SlotName, img verify.Image) (io.ReadCloser, error)
+	// check compares what the medium holds, not a cache of what was written, with what was signed. A difference is E-SLOT.
+	check(ctx context.Context, slot SlotName, img verify.Image) error
 }
 
 // maxWindow bounds the memory that a zstd frame can ask of the decoder.
@@ -162,15 +162,11 @@ func (d *distributed) verdict(decoding error) error {
 	return nil
 }
 
-// readBack compares what the medium holds with what was signed.
-func (p *pair) readBack(ctx context.Context, slot SlotName, img verify.Image) error {
-	f, err := p.cells.open(slot, img)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
+// readBack compares what r, opened past every cache, yields with what was signed, and closes it.
+func readBack(ctx context.Context, r io.ReadCloser, slot SlotName, img verify.Image) error {
+	defer r.Close()
 	sum := sha256.New()
-	in := io.LimitReader(f, img.Content.Size+1)
+	in := io.LimitReader(r, img.Content.Size+1)
 	buf := make([]byte, min(chunk, img.Content.Size+1))
 	var n int64
 	for {

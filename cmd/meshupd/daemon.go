@@ -19,7 +19,6 @@ import (
 
 	"meshupd/cmd/meshupd/internal/control"
 	"meshupd/discovery"
-	"meshupd/install"
 	"meshupd/peer"
 	"meshupd/verify"
 	"meshupd/verify/durable"
@@ -33,11 +32,11 @@ const memoryLimit = 48 << 20
 func runDaemon(ctx context.Context, cfg Config, log *slog.Logger) error {
 	debug.SetGCPercent(50)
 	debug.SetMemoryLimit(memoryLimit)
-	slots, err := openSlots(ctx, cfg, log)
+	inst, err := openInstaller(ctx, cfg, log)
 	if err != nil {
 		return err
 	}
-	pcfg, err := nodeConfig(cfg, slots, log)
+	pcfg, err := nodeConfig(cfg, inst, log)
 	if err != nil {
 		return err
 	}
@@ -71,21 +70,16 @@ var policies = map[string]peer.Policy{
 	"off": peer.PolicyOff, "check": peer.PolicyOff, "fetch": peer.PolicyFetch, "install": peer.PolicyInstall,
 }
 
-func nodeConfig(cfg Config, slots startedSlots, log *slog.Logger) (peer.Config, error) {
+func nodeConfig(cfg Config, inst installer, log *slog.Logger) (peer.Config, error) {
 	key, err := siteKey(cfg.Mesh.SiteKeyFile)
 	if err != nil {
 		return peer.Config{}, err
 	}
-	health := install.Health{Command: cfg.Health.Command, Deadline: time.Duration(cfg.Health.Deadline),
-		Interval: time.Duration(cfg.Health.Interval), Timeout: time.Duration(cfg.Health.Timeout)}
 	return peer.Config{
 		Name: cfg.Name, Product: cfg.Product, Hardware: cfg.Hardware, Channel: cfg.Channel,
 		BuildTime: buildTime(), Meshupd: buildVersion().Version,
 		StateDir: cfg.State, Anchor: cfg.Trust, Reserve: int64(cfg.Store.Reserve), Relay: int64(cfg.Store.Relay),
-		Slots: slots, Starter: slots.Start,
-		Health: func(ctx context.Context, slot install.SlotName, version string) error {
-			return health.For(slot, version).Check(ctx)
-		},
+		Slots: inst, Starter: inst.Start, Health: inst.Check,
 		Policy: policies[cfg.Policy.Auto], SiteKey: key,
 		ListenNow: func() []netip.AddrPort { return listenAddrs(cfg.Mesh) },
 		Finders:   func(ad discovery.Advert) []peer.Finder { return finders(cfg.Mesh, ad, log) },

@@ -1,0 +1,42 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+	"time"
+
+	"meshupd/install"
+)
+
+// installer is the half of a device that writes slots and starts them. Here it is part of the daemon; everything that
+// needs the rights to do so goes through it.
+type installer interface {
+	install.Slots
+	// Start does what a power-on has left to do; it is called once, before anything else.
+	Start(ctx context.Context) error
+	// Check proves the slot that runs healthy, or says why not (E-HEALTH).
+	Check(ctx context.Context, slot install.SlotName, version string) error
+}
+
+// localInstaller does it in this process.
+type localInstaller struct {
+	startedSlots
+	health install.Health
+}
+
+func (l localInstaller) Check(ctx context.Context, slot install.SlotName, version string) error {
+	return l.health.For(slot, version).Check(ctx)
+}
+
+func openInstaller(ctx context.Context, cfg Config, log *slog.Logger) (installer, error) {
+	slots, err := openSlots(ctx, cfg, log)
+	if err != nil {
+		return nil, err
+	}
+	return localInstaller{slots, cfg.Health.health()}, nil
+}
+
+func (h HealthConfig) health() install.Health {
+	return install.Health{Command: h.Command, Deadline: time.Duration(h.Deadline),
+		Interval: time.Duration(h.Interval), Timeout: time.Duration(h.Timeout)}
+}
