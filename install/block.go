@@ -219,9 +219,9 @@ func (b *blockCells) openIdle(slot SlotName) (*os.File, int64, error) {
 }
 
 // clear leaves the old bytes: those that the new image has too need not be written again, and the slot cannot be booted.
-func (b *blockCells) clear(SlotName, []verify.Image) error { return nil }
+func (b *blockCells) clear(context.Context, SlotName, []verify.Image) error { return nil }
 
-func (b *blockCells) put(slot SlotName, img verify.Image, fill func(io.Writer) error) error {
+func (b *blockCells) put(_ context.Context, slot SlotName, img verify.Image, fill func(io.Writer) error) error {
 	what := "write image " + img.Name + " to slot " + string(slot)
 	f, size, err := b.openIdle(slot)
 	if err != nil {

@@ -19,6 +19,7 @@ type command struct {
 	argv    []string
 	env     []string // in addition to the daemon's
 	timeout time.Duration
+	stdin   io.Reader // nil: empty
 	stdout  io.Writer // nil: thrown away
 }
 
@@ -38,7 +39,7 @@ func (c command) run(ctx context.Context) error {
 	cmd := exec.CommandContext(limited, c.argv[0], c.argv[1:]...)
 	cmd.Env = append(os.Environ(), c.env...)
 	cmd.Stderr = &said
-	cmd.Stdout = c.stdout
+	cmd.Stdin, cmd.Stdout = c.stdin, c.stdout
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error {
 		if err := syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL); !errors.Is(err, syscall.ESRCH) {

@@ -175,7 +175,7 @@ func (f *folder) room(slot SlotName) (free, held int64, err error) {
 	return free, held, nil
 }
 
-func (f *folder) clear(slot SlotName, keep []verify.Image) error {
+func (f *folder) clear(_ context.Context, slot SlotName, keep []verify.Image) error {
 	err := f.cfg.step("slot.clear", func() error {
 		if f.cfg.Layout == LayoutImage {
 			if len(keep) > 0 {
@@ -204,7 +204,7 @@ func clearFolder(dir string, keep map[string]bool) error {
 	return durable.SyncDir(dir)
 }
 
-func (f *folder) put(slot SlotName, img verify.Image, fill func(io.Writer) error) error {
+func (f *folder) put(_ context.Context, slot SlotName, img verify.Image, fill func(io.Writer) error) error {
 	what := "write image " + img.Name + " to slot " + string(slot)
 	file, err := durable.Create(f.imagePath(slot, img), 0o644)
 	if err != nil {

@@ -196,14 +196,14 @@ func size(images map[string][]byte) (n int64) {
 	return n
 }
 
-func (m *memoryView) clear(slot SlotName, keep []verify.Image) error {
+func (m *memoryView) clear(_ context.Context, slot SlotName, keep []verify.Image) error {
 	names := imageNames(keep)
 	return mediumError(m.step("slot.clear", func() {
 		maps.DeleteFunc(m.slots[slot], func(name string, _ []byte) bool { return !names[name] })
 	}), "clear slot "+string(slot), 0)
 }
 
-func (m *memoryView) put(slot SlotName, img verify.Image, fill func(io.Writer) error) error {
+func (m *memoryView) put(_ context.Context, slot SlotName, img verify.Image, fill func(io.Writer) error) error {
 	what := "write image " + img.Name + " to slot " + string(slot)
 	var data bytes.Buffer
 	if err := m.cfg.Step("image.fill", func() error { return fill(&data) }); err != nil {

@@ -25,6 +25,8 @@ type pair struct {
 	records recordStore
 	cells   cells
 	starts  int // of a trial
+	// ready looks at what a record cannot know, before a slot is armed; nil: there is nothing. E-BOOT when the slot cannot run.
+	ready func(context.Context, SlotName) error
 
 	mu      sync.Mutex // orders the steps of the boot state, and owns:
 	writing bool       // a Write is under way
@@ -73,12 +75,12 @@ func (p *pair) Write(ctx context.Context, rel *verify.Release, images []verify.I
 	if err := p.records.removeRecord(slot); err != nil {
 		return err
 	}
-	if err := p.cells.clear(slot, nil); err != nil {
+	if err := p.cells.clear(ctx, slot, nil); err != nil {
 		return err
 	}
 	meter := &meter{total: total, tell: progress}
 	for _, img := range images {
-		if err := p.cells.put(slot, img, filling(ctx, img, open, meter)); err != nil {
+		if err := p.cells.put(ctx, slot, img, filling(ctx, img, open, meter)); err != nil {
 			return err
 		}
 		if err := p.cells.check(ctx, slot, img); err != nil {
@@ -86,7 +88,7 @@ func (p *pair) Write(ctx context.Context, rel *verify.Release, images []verify.I
 		}
 	}
 	// Whatever appeared in the slot meanwhile was not signed.
-	if err := p.cells.clear(slot, images); err != nil {
+	if err := p.cells.clear(ctx, slot, images); err != nil {
 		return err
 	}
 	return p.records.saveRecord(slot, Content{Release: rel.ID(), Version: rel.Manifest().Version, Whole: true})
@@ -128,6 +130,11 @@ func (p *pair) Try(ctx context.Context, slot SlotName) error {
 	}
 	if err := p.whole(slot); err != nil {
 		return err
+	}
+	if p.ready != nil {
+		if err := p.ready(ctx, slot); err != nil {
+			return err
+		}
 	}
 	return p.boot.Try(ctx, slot, p.starts)
 }

@@ -22,9 +22,9 @@ type cells interface {
 	// room tells how many bytes can be written, and how many more once the slot is cleared.
 	room(SlotName) (free, held int64, err error)
 	// clear removes everything from the slot but the images to keep.
-	clear(slot SlotName, keep []verify.Image) error
+	clear(ctx context.Context, slot SlotName, keep []verify.Image) error
 	// put makes the image's file, durable when it returns nil.
-	put(slot SlotName, img verify.Image, fill func(io.Writer) error) error
+	put(ctx context.Context, slot SlotName, img verify.Image, fill func(io.Writer) error) error
 	// check compares what the medium holds, not a cache of what was written, with what was signed. A difference is E-SLOT.
 	check(ctx context.Context, slot SlotName, img verify.Image) error
 }
