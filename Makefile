@@ -47,10 +47,11 @@ fuzz: ## every fuzz target for FUZZTIME
 torture: ## what takes longer than a change should wait: images beyond 4 GiB, many more random histories
 	MESHUPD_TORTURE=1 $(GO) test -timeout 60m -rapid.checks=5000 ./verify
 	MESHUPD_TORTURE=1 $(GO) test -count=1 -timeout 30m ./install/...
-	$(GO) test -run '^$$' -bench BlockWrite -benchtime 4x ./install
+	$(GO) test -run '^$$' -bench BlockWrite -benchtime 7x -timeout 60m ./install
 
 bench: build ## the figures of the README, as ratios in one run; needs network namespaces
 	$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 60m ./cmd/meshupd/internal/lab
+	$(GO) test -run '^$$' -bench BlockWrite -benchtime 7x -timeout 60m ./install
 
 man: build ## manual pages, one a command
 	bin/meshupd help --json | $(GO) run ./packaging/man -out bin/man

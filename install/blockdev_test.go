@@ -322,18 +322,24 @@ func TestTrybootOutlivesThePowerThatItsArgumentDoesNot(t *testing.T) {
 	}
 }
 
-// loopDevice shows a file of n bytes as a block device, or skips the test and says so.
+// loopDevice shows n new bytes as a block device, or skips the test and says so.
 func loopDevice(t testing.TB, n int64) string {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		install.CannotRun(t, "no loop devices without root; the tests on real block devices did not run")
-	}
 	path := filepath.Join(t.TempDir(), "disk")
 	if err := os.WriteFile(path, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.Truncate(path, n); err != nil {
 		t.Fatal(err)
+	}
+	return loopOver(t, path)
+}
+
+// loopOver shows a file as a block device.
+func loopOver(t testing.TB, path string) string {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		install.CannotRun(t, "no loop devices without root; the tests on real block devices did not run")
 	}
 	out, err := exec.Command("losetup", "--find", "--show", path).CombinedOutput()
 	if err != nil {

@@ -70,3 +70,12 @@ func OpenLoader(ctx context.Context, cfg BlockConfig) (FilePointer, error) {
 
 // Restart runs the restart of a bootloader that OpenLoader opened.
 func Restart(ctx context.Context, p FilePointer) error { return p.Bootloader.(*loader).restart(ctx) }
+
+// DropCache drops what the page cache holds of a device.
+func DropCache(path string) error {
+	f, err := openDropped(path)
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}

@@ -47,7 +47,7 @@ func (d *device) write(t *testing.T, f *install.Files) error {
 	return f.Write(t.Context(), d.rel, d.rel.Manifest().Images, d.source, nil)
 }
 
-func must(t *testing.T, what string, err error) {
+func must(t testing.TB, what string, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatalf("%s: %v", what, err)

@@ -81,7 +81,7 @@ func folderDigests(t *testing.T, dir string) map[string]verify.Digest {
 	return sums
 }
 
-func writeFile(t *testing.T, path, data string) {
+func writeFile(t testing.TB, path, data string) {
 	t.Helper()
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		t.Fatal(err)

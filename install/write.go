@@ -58,19 +58,38 @@ func filling(ctx context.Context, img verify.Image, open Source, m *meter) func(
 		}
 		defer src.Close()
 		in := &distributed{ctx: ctx, img: img, src: src, sum: sha256.New()}
-		content := io.Reader(in)
-		if img.Encoding == verify.EncodingZstd {
-			// One goroutine and little memory: small devices do nothing but this.
-			dec, err := zstd.NewReader(in, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
-				zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderMaxMemory(maxWindow))
-			if err != nil {
-				return in.verdict(err)
-			}
-			defer dec.Close()
-			content = dec
+		if img.Encoding == verify.EncodingNone {
+			bytes := readAhead(src)
+			defer bytes.close()
+			in.src = bytes
+			return copyContent(in, in, w, img, m)
 		}
-		return copyContent(content, in, w, img, m)
+		packed := readAhead(in)
+		defer packed.close()
+		// One goroutine and little memory: small devices do nothing but this.
+		dec, err := zstd.NewReader(packed, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
+			zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderMaxMemory(maxWindow))
+		if err != nil {
+			packed.close()
+			return in.verdict(err)
+		}
+		defer dec.Close()
+		content := readAhead(dec)
+		defer content.close()
+		return copyContent(&decoded{content, packed}, in, w, img, m)
 	}
+}
+
+// decoded is content on its way through a decoder. At its end nothing reads the distributed bytes any more, so that they can be judged.
+type decoded struct{ content, packed *ahead }
+
+func (d *decoded) Read(p []byte) (int, error) {
+	n, err := d.content.Read(p)
+	if err != nil {
+		d.content.close()
+		d.packed.close()
+	}
+	return n, err
 }
 
 // copyContent copies at most the signed size and one byte: more is a decompression bomb, and its bytes stay unwritten.
