@@ -176,7 +176,7 @@ func (b *blockCells) fits(images []verify.Image) error {
 	if len(images) != 1 {
 		return verify.Refuse(verify.CodeFormat, "write a slot: %d images for a slot that is one device", len(images))
 	}
-	return nil
+	return noContainer(images)
 }
 
 // room also refuses with E-SLOT a device that must not be written, before anything has been changed.

@@ -21,6 +21,7 @@ type command struct {
 	timeout time.Duration
 	stdin   io.Reader // nil: empty
 	stdout  io.Writer // nil: thrown away
+	stderr  io.Writer // nil: only its last line is kept, for the error
 }
 
 const (
@@ -39,6 +40,9 @@ func (c command) run(ctx context.Context) error {
 	cmd := exec.CommandContext(limited, c.argv[0], c.argv[1:]...)
 	cmd.Env = append(os.Environ(), c.env...)
 	cmd.Stderr = &said
+	if c.stderr != nil {
+		cmd.Stderr = io.MultiWriter(&said, c.stderr)
+	}
 	cmd.Stdin, cmd.Stdout = c.stdin, c.stdout
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error {

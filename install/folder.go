@@ -145,7 +145,7 @@ func (f *folder) fits(images []verify.Image) error {
 	if f.cfg.Layout == LayoutImage && len(images) != 1 {
 		return verify.Refuse(verify.CodeFormat, "write a slot: %d images for a slot that is one image file", len(images))
 	}
-	return nil
+	return noContainer(images)
 }
 
 func (f *folder) room(slot SlotName) (free, held int64, err error) {

@@ -204,6 +204,9 @@ func (p *pair) checkSpace(slot SlotName, images []verify.Image) error {
 	for _, img := range images {
 		need += (img.Content.Size + blockSize - 1) / blockSize * blockSize
 	}
+	if c, ok := p.cells.(interface{ extra([]verify.Image) int64 }); ok {
+		need += c.extra(images)
+	}
 	if missing := need - free - held; missing > 0 {
 		return &verify.Refusal{Code: verify.CodeSpace, NeedBytes: missing,
 			Detail: "write slot " + string(slot) + ": there is too little room for it"}

@@ -181,6 +181,16 @@ func (d *distributed) verdict(decoding error) error {
 	return nil
 }
 
+// noContainer refuses with E-FORMAT an image that only a container engine can hold.
+func noContainer(images []verify.Image) error {
+	for _, img := range images {
+		if img.Kind == verify.KindContainer {
+			return verify.Refuse(verify.CodeFormat, "write a slot: image %s is a container, and this device has no slots for containers", img.Name)
+		}
+	}
+	return nil
+}
+
 // readBack compares what r, opened past every cache, yields with what was signed, and closes it.
 func readBack(ctx context.Context, r io.ReadCloser, slot SlotName, img verify.Image) error {
 	defer r.Close()

@@ -29,6 +29,10 @@ type Harness struct {
 	Holds func(slot install.SlotName) map[string]verify.Digest
 	// Images is how many images a release for this device has.
 	Images int
+	// Kind of the images; KindSlot when empty.
+	Kind verify.Kind
+	// Content makes the content of an image out of noise, where not any bytes will do; nil: the noise itself.
+	Content func(noise []byte) []byte
 	// Deep says that the device is quick enough to meet every pair of faults.
 	Deep bool
 }

@@ -12,7 +12,7 @@ import (
 
 // Run holds an implementation of install.Slots against the contract. make returns a fresh device for each story.
 func Run(t *testing.T, make func(t *testing.T) Harness) {
-	known := updates(t, make(t).Images)
+	known := updates(t, make(t))
 	b, c := known[0], known[1]
 	story := func(name string, tell func(t *testing.T, w *world)) {
 		t.Run(name, func(t *testing.T) { tell(t, newWorld(t, make, known)) })

@@ -24,32 +24,35 @@ type update struct {
 	contents    map[string][]byte
 }
 
-// updates makes three releases of n images each, in their order.
-func updates(t *testing.T, n int) []update {
+// updates makes three releases for a device, in their order.
+func updates(t *testing.T, h Harness) []update {
 	t.Helper()
 	vendor := verifytest.NewVendor(t, "slotstest")
 	var all []update
 	for i := range 3 {
-		all = append(all, newUpdate(t, vendor, i+1, n))
+		all = append(all, newUpdate(t, vendor, i+1, h))
 	}
 	return all
 }
 
-// newUpdate makes the seq-th release: n images, every other compressed.
-func newUpdate(t *testing.T, vendor *verifytest.Vendor, seq, n int) update {
+// newUpdate makes the seq-th release, with every other image compressed.
+func newUpdate(t *testing.T, vendor *verifytest.Vendor, seq int, h Harness) update {
 	t.Helper()
 	u := update{distributed: make(map[string][]byte), contents: make(map[string][]byte)}
 	var images []verifytest.Image
-	for i := range n {
+	for i := range h.Images {
 		name := imageName(i)
 		u.contents[name] = content(byte(16*seq+i), 5000+1000*i+seq)
+		if h.Content != nil {
+			u.contents[name] = h.Content(u.contents[name])
+		}
 		u.distributed[name] = u.contents[name]
 		if i%2 == 0 {
 			u.distributed[name] = compress(t, u.contents[name])
 		}
 		path := filepath.Join(t.TempDir(), name)
 		must(t, "write an image", os.WriteFile(path, u.distributed[name], 0o644))
-		images = append(images, verifytest.Image{Name: name, Path: path})
+		images = append(images, verifytest.Image{Name: name, Path: path, Kind: h.Kind})
 	}
 	u.rel, _ = vendor.Verified(t, verifytest.Opts{Version: fmt.Sprintf("%d.0.0", seq+1), Seq: uint64(seq), Images: images})
 	u.images = u.rel.Manifest().Images

@@ -110,9 +110,9 @@ func place(ctx context.Context, from, to string) error {
 
 var zstdMagic = []byte{0x28, 0xb5, 0x2f, 0xfd} // RFC 8878 section 3.1.1
 
-// decodeContent describes what a slot image decodes to, when it is compressed.
+// decodeContent describes what a slot or container image decodes to, when it is compressed. Files are kept as they are.
 func decodeContent(ctx context.Context, f io.ReadSeeker, img *verify.Image) error {
-	if img.Kind != verify.KindSlot {
+	if img.Kind == verify.KindFiles {
 		return nil
 	}
 	if _, err := f.Seek(0, io.SeekStart); err != nil {
