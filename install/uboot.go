@@ -217,8 +217,22 @@ func (u *uboot) write(_ context.Context, c choice) error {
 	return coded(verify.CodeBoot, "write the U-Boot environment", err)
 }
 
+// setHex keeps a second variable in step that some boot scripts use, Mender's for one: the same number in hexadecimal.
+func (u *uboot) setHex(vars []ubootVar, c choice) []ubootVar {
+	slot := c.Default
+	if c.Trial != "" {
+		slot = c.Trial
+	}
+	n, err := strconv.ParseUint(u.Names.of(slot), 10, 31)
+	if err != nil || ubootGet(vars, u.Slot+"_hex") == "" {
+		return vars
+	}
+	return ubootSet(vars, u.Slot+"_hex", strconv.FormatUint(n, 16))
+}
+
 func (u *uboot) encode(vars []ubootVar, c choice) []ubootVar {
 	if u.Scheme == UBootCount {
+		vars = u.setHex(vars, c)
 		if c.Trial == "" {
 			vars = ubootSet(vars, u.Slot, u.Names.of(c.Default))
 			vars = ubootSet(vars, "upgrade_available", "0")

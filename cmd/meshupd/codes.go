@@ -132,6 +132,10 @@ var codeTexts = map[verify.Code]codeText{
 		"The slot cannot be written or read back.",
 		"check the disk and the [slots] part of the config, then try again.", exitFailed, "check its disk",
 	},
+	verify.CodeInstaller: {
+		"The installer of this device (RAUC, SWUpdate, Mender or a program) refused the image.",
+		"read its reason; the image needs that installer's own signature and compatible name. A corrected release is tried by itself.", exitFailed, "its installer refused the image",
+	},
 	verify.CodeBoot: {
 		"The boot state cannot be read or changed.",
 		"check the [slots] part of the config; the device stays on the version that runs.", exitFailed, "check its [slots] config",
