@@ -36,6 +36,7 @@ var keeper = map[string]string{
 	"github.com/vishvananda/netlink":       "simnet",
 	"github.com/vishvananda/netns":         "simnet",
 	"github.com/spf13/cobra":               "cmd",
+	"github.com/godbus/dbus":               "install",
 }
 
 type pkg struct {

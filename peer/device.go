@@ -263,7 +263,8 @@ func (n *Node) do(ctx context.Context, step Step, v view) error {
 	switch step {
 	case StepWrite:
 		defer n.setWriting(progress{})
-		return slots.Write(ctx, v.target, v.images, n.openImage, func(done, total int64) { n.setWriting(progress{done, total}) })
+		err := slots.Write(ctx, v.target, v.images, n.openImage, func(done, total int64) { n.setWriting(progress{done, total}) })
+		return n.installerRefused(err, v)
 	case StepTry:
 		return slots.Try(ctx, v.slots.Default.Other())
 	case StepRestart:
@@ -282,6 +283,32 @@ func (n *Node) do(ctx context.Context, step Step, v view) error {
 	default:
 		return fmt.Errorf("no way to do step %v", step)
 	}
+}
+
+// maxRefusals is how often an installer may refuse a release before it counts as failed here. Its reason may lie in the
+// device and pass, but every try copies the image once more.
+const maxRefusals = 3
+
+// installerRefused keeps the reason of an installer in the history, once, and gives the release up in the end.
+func (n *Node) installerRefused(err error, v view) error {
+	if verify.CodeOf(err) != verify.CodeInstaller {
+		return err
+	}
+	id, m := v.target.ID(), v.target.Manifest()
+	n.refusals[id]++
+	if n.refusals[id] == 1 {
+		n.record(Event{Kind: EventBlocked, From: v.slots.Slots[v.slots.Booted].Version, To: m.Version,
+			Took: time.Since(v.started), Code: verify.CodeInstaller, Detail: err.Error()})
+	}
+	if n.refusals[id] < maxRefusals {
+		return err
+	}
+	delete(n.refusals, id)
+	if kept := n.failures.Record(install.Failure{Release: id, Version: m.Version, Code: verify.CodeInstaller,
+		Detail: err.Error(), At: time.Now().UTC()}); kept != nil {
+		return errors.Join(err, fmt.Errorf("remember the refused release: %w", kept))
+	}
+	return nil
 }
 
 func (n *Node) openImage(img verify.Image) (io.ReadCloser, error) { return n.store.Open(img.SHA256) }

@@ -69,6 +69,8 @@ type Node struct {
 	// wake asks the loop for another look; a full channel already holds the request.
 	wake chan struct{}
 
+	refusals map[verify.Digest]int // by the installer, since the daemon started; the loop owns it
+
 	adopting sync.Mutex // held while a release is taken in
 
 	mu        sync.Mutex // guards the fields below
@@ -98,6 +100,7 @@ func New(cfg Config) (*Node, error) {
 		cfg: cfg, log: cfg.Log,
 		wake:     make(chan struct{}, 1),
 		releases: map[verify.Digest]*verify.Release{},
+		refusals: map[verify.Digest]int{},
 		recalled: map[verify.Digest]bool{}, importing: map[*Import]bool{},
 		heard:   map[string]DeviceState{},
 		changed: make(chan struct{}),

@@ -55,7 +55,7 @@ type MeshConfig struct {
 
 // SlotsConfig says where updates go.
 type SlotsConfig struct {
-	Kind           string   `toml:"kind" comment:"\"files\": two folders and a pointer; \"block\": two partitions and a bootloader"`
+	Kind           string   `toml:"kind" comment:"\"files\": two folders and a pointer; \"block\": two partitions and a bootloader; \"rauc\", \"swupdate\", \"mender\", \"command\": another installer writes"`
 	Folder         string   `toml:"folder" comment:"files: where the slots are (required); block: where the records are, on neither slot"`
 	Layout         string   `toml:"layout" comment:"\"folder\": each slot a folder of images; \"image\": each slot one image file"`
 	Factory        string   `toml:"factory" comment:"version that the first slot holds when the device is new"`
@@ -69,6 +69,8 @@ type SlotsConfig struct {
 	Discard    bool       `toml:"discard" comment:"block: tell the medium what lies unused behind an image"`
 	Bootloader string     `toml:"bootloader" comment:"block: \"grub\", \"uboot\", \"systemd-boot\", \"tryboot\", \"efi\" or \"custom\""`
 	Boot       BootConfig `toml:"boot"`
+
+	Delegate DelegateConfig `toml:"delegate"`
 }
 
 // HealthConfig says when a trial counts as healthy.
@@ -110,7 +112,8 @@ func defaultConfig() Config {
 		Mesh: MeshConfig{Interfaces: []string{}, Listen: []string{}, Port: 7610, Seeds: []string{}, MDNS: true, MaxPeers: 64},
 		Slots: SlotsConfig{Kind: "files", Layout: "folder", Starts: 1, Restart: []string{}, RestartTimeout: Duration(2 * time.Minute),
 			Boot: BootConfig{Env: "/boot/grub/grubenv", Config: "/etc/fw_env.config", Scheme: "left", Variable: "boot_slot", Dir: "/boot",
-				File: "/boot/firmware/autoboot.txt", Command: []string{}}},
+				File: "/boot/firmware/autoboot.txt", Command: []string{}},
+			Delegate: DelegateConfig{Command: []string{}, Timeout: Duration(time.Hour)}},
 		Health: HealthConfig{Command: []string{}, Deadline: Duration(2 * time.Minute), Interval: Duration(2 * time.Second), Timeout: Duration(30 * time.Second)},
 		Store:  StoreConfig{Reserve: 64 << 20},
 		Policy: PolicyConfig{Auto: "install"},

@@ -29,6 +29,9 @@ var bootloaders = []string{"grub", "uboot", "systemd-boot", "tryboot", "efi", "c
 
 // place says in a few words where the slots are.
 func (s SlotsConfig) place() string {
+	if delegated(s.Kind) {
+		return "written by " + s.Kind
+	}
 	if s.Kind == "block" {
 		return fmt.Sprintf("%q and %q, %s", s.A, s.B, s.Bootloader)
 	}
@@ -37,8 +40,8 @@ func (s SlotsConfig) place() string {
 
 func (c *Config) checkSlots() error {
 	switch {
-	case c.Slots.Kind != "files" && c.Slots.Kind != "block":
-		return &fieldError{"slots.kind", `is neither "files" nor "block"`}
+	case !slices.Contains(slotKinds, c.Slots.Kind):
+		return &fieldError{"slots.kind", fmt.Sprintf("is %q, not one of %q", c.Slots.Kind, slotKinds)}
 	case c.Slots.Starts < 1 || c.Slots.Starts > 10:
 		return &fieldError{"slots.starts", "is not 1 to 10"}
 	case len(c.Slots.Restart) > 0 && c.Slots.Restart[0] == "":
@@ -47,6 +50,8 @@ func (c *Config) checkSlots() error {
 		return &fieldError{"slots.restart_timeout", tooShort}
 	case c.Slots.Kind == "block":
 		return c.checkBlock()
+	case delegated(c.Slots.Kind):
+		return c.checkDelegate()
 	case c.Slots.Folder == "":
 		return &fieldError{"slots.folder", "is missing"}
 	case c.Slots.Layout != "folder" && c.Slots.Layout != "image":
@@ -56,18 +61,23 @@ func (c *Config) checkSlots() error {
 }
 
 func (c *Config) checkBlock() error {
-	boot := c.Slots.Boot
-	need := func(key, value string) error {
-		if value == "" {
-			return &fieldError{key, "is missing"}
-		}
-		return nil
-	}
 	for _, dev := range [][2]string{{"slots.a", c.Slots.A}, {"slots.b", c.Slots.B}, {"slots.bootloader", c.Slots.Bootloader}} {
 		if err := need(dev[0], dev[1]); err != nil {
 			return err
 		}
 	}
+	return c.checkBootloader()
+}
+
+func need(key, value string) error {
+	if value == "" {
+		return &fieldError{key, "is missing"}
+	}
+	return nil
+}
+
+func (c *Config) checkBootloader() error {
+	boot := c.Slots.Boot
 	switch c.Slots.Bootloader {
 	case "systemd-boot", "tryboot", "efi":
 		if err := need("slots.boot.a", boot.A); err != nil {
@@ -160,6 +170,9 @@ func openSlots(ctx context.Context, cfg Config, log *slog.Logger) (startedSlots,
 				log.Info("wrote a slot", "slot", slot, "written", written, "already_there", same)
 			},
 		})
+	}
+	if delegated(cfg.Slots.Kind) {
+		return openDelegate(ctx, cfg, restart)
 	}
 	return install.OpenFiles(install.FilesConfig{
 		Dir: cfg.Slots.Folder, Layout: install.Layout(cfg.Slots.Layout), FactoryVersion: cfg.Slots.Factory,
