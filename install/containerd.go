@@ -129,7 +129,8 @@ func (c *containerd) tasks(ctx context.Context) (map[string]container, error) {
 	return parseCtrTasks(out), nil
 }
 
-// parseCtrTasks reads the table of `ctr tasks ls`: TASK PID STATUS.
+// parseCtrTasks reads the table of `ctr tasks ls`: TASK PID STATUS. Only what is said to have stopped has: on a busy machine
+// containerd says UNKNOWN of a task whose shim did not answer in time.
 func parseCtrTasks(table []byte) map[string]container {
 	found := make(map[string]container)
 	for line := range strings.Lines(string(table)) {
@@ -138,7 +139,7 @@ func parseCtrTasks(table []byte) map[string]container {
 			continue
 		}
 		if pid, err := strconv.Atoi(cells[1]); err == nil {
-			found[cells[0]] = container{pid: pid, running: cells[2] == "RUNNING"}
+			found[cells[0]] = container{pid: pid, running: cells[2] != "STOPPED"}
 		}
 	}
 	return found

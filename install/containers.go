@@ -245,7 +245,11 @@ func (c *Containers) startSlot(ctx context.Context, slot SlotName, afresh bool) 
 			return verify.Refuse(verify.CodeConfig, "slot %s holds the service %s, which the configuration does not know", slot, service)
 		}
 	}
-	return coded(verify.CodeRestart, "start slot "+string(slot), c.services.start(ctx, slot, content.Version, pins, afresh))
+	err = c.services.start(ctx, slot, content.Version, pins, afresh)
+	if err != nil && ctx.Err() != nil {
+		return ctx.Err()
+	}
+	return coded(verify.CodeRestart, "start slot "+string(slot), err)
 }
 
 // Env tells a command which services and containers a slot has: MESHUPD_SERVICES and MESHUPD_CONTAINERS, each a list
@@ -327,7 +331,11 @@ func (c *Containers) look(ctx context.Context, slot SlotName, pins map[string]pi
 		}
 		name := containerName(service, slot)
 		if err := c.services.ended(ctx, there, name, pids[name]); err != nil {
-			return err
+			// A list that was taken while something changed is not enough to condemn a release.
+			if err := c.services.alive(ctx, name, pids[name]); err != nil {
+				return err
+			}
+			continue
 		}
 		pids[name] = there[name].pid
 	}

@@ -22,6 +22,9 @@ import (
 
 // realEngines runs a test in a podman and in a containerd of its own.
 func realEngines(t *testing.T, test func(t *testing.T, e ocitest.Engine, engine install.Engine)) {
+	if testing.Short() {
+		t.Skip("runs containers; not in the short run")
+	}
 	t.Run("podman", func(t *testing.T) {
 		e := ocitest.Podman(t)
 		test(t, e, install.Podman{Command: e.Command})

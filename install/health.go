@@ -19,6 +19,8 @@ type Health struct {
 	// Timeout of one run, after which its process group is killed; 30 s when zero.
 	Timeout time.Duration
 
+	// Env is told to the command besides.
+	Env []string
 	// Slot and Version are told to the command as MESHUPD_SLOT and MESHUPD_VERSION; see For.
 	Slot    SlotName
 	Version string
@@ -39,7 +41,7 @@ func (h Health) Check(ctx context.Context) error {
 	deadline, interval, timeout := orElse(h.Deadline, 5*time.Minute), orElse(h.Interval, 2*time.Second), orElse(h.Timeout, 30*time.Second)
 	end := time.Now().Add(deadline)
 	for {
-		c := command{argv: h.Command, env: slotEnv(h.Slot, h.Version), timeout: min(timeout, time.Until(end))}
+		c := command{argv: h.Command, env: append(slotEnv(h.Slot, h.Version), h.Env...), timeout: min(timeout, time.Until(end))}
 		err := c.run(ctx)
 		if err == nil {
 			return nil

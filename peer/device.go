@@ -161,7 +161,7 @@ func (n *Node) observe(ctx context.Context) (view, error) {
 // the version that counts is the default slot's: the trial may still go.
 func (n *Node) deviceFor(slots install.State) verify.Device {
 	return verify.Device{Product: n.cfg.Product, Hardware: n.cfg.Hardware, Channel: n.cfg.Channel,
-		Running: slots.Slots[slots.Default].Version, Meshupd: n.cfg.Meshupd}
+		Running: slots.Slots[slots.Default].Version, Meshupd: n.cfg.Meshupd, Takes: n.cfg.Takes}
 }
 
 func (n *Node) failedHere(id verify.Digest) bool {

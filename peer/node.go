@@ -36,6 +36,7 @@ type Config struct {
 	Meshupd   string // version of this program, for releases that need a newer one
 
 	Slots install.Slots
+	Takes []verify.Kind // kinds of images that Slots can hold; nil: any
 	// Starter, if not nil, is run once before the first look at the slots: what
 	// a bootloader does at power-on where there is none.
 	Starter func(ctx context.Context) error

@@ -23,6 +23,7 @@ const (
 	CodeDigest     Code = "E-DIGEST"      // the bytes are not those that were signed
 	CodeProduct    Code = "E-PRODUCT"     // for another product
 	CodeHardware   Code = "E-HARDWARE"    // no image for this hardware
+	CodeKind       Code = "E-KIND"        // images of a kind that this device has no slots for
 	CodeChannel    Code = "E-CHANNEL"     // another channel than this device follows
 	CodeOrder      Code = "E-ORDER"       // older than a release that was already accepted
 	CodeDowngrade  Code = "E-DOWNGRADE"   // a lower version without the publisher's word for it

@@ -2,6 +2,8 @@ package verify
 
 import (
 	"cmp"
+	"slices"
+	"strings"
 
 	"github.com/Masterminds/semver/v3"
 )
@@ -13,10 +15,11 @@ type Device struct {
 	Channel  string // "" follows every channel
 	Running  string // version that runs now; "" when unknown
 	Meshupd  string // version of meshupd itself; "" or no semantic version when unknown
+	Takes    []Kind // kinds of images that its slots can hold; nil: any
 }
 
 // Fits says whether the release is for this device, as a Refusal (E-PRODUCT,
-// E-HARDWARE, E-CHANNEL, E-MESHUPD, E-REQUIRES, E-DOWNGRADE) or nil. An unknown
+// E-HARDWARE, E-CHANNEL, E-KIND, E-MESHUPD, E-REQUIRES, E-DOWNGRADE) or nil. An unknown
 // running version is never a downgrade, but it meets no requirement either.
 func (r *Release) Fits(dev Device) error { return r.manifest.Fits(dev) }
 
@@ -29,6 +32,8 @@ func (m *Manifest) Fits(dev Device) error {
 		return Refuse(CodeHardware, "the release has no image for hardware %q", dev.Hardware)
 	case dev.Channel != "" && m.Channel != dev.Channel:
 		return Refuse(CodeChannel, "the release is of channel %s, this device follows %s", m.Channel, dev.Channel)
+	case !m.takenBy(dev):
+		return Refuse(CodeKind, "the release has images that are not of kind %s, which this device takes", kindList(dev.Takes))
 	case m.MinMeshupd != "" && !atLeast(dev.Meshupd, m.MinMeshupd):
 		return Refuse(CodeMeshupd, "the release needs meshupd %s, this device has %s", m.MinMeshupd, cmp.Or(dev.Meshupd, "an unknown version"))
 	}
@@ -44,6 +49,19 @@ func (m *Manifest) Fits(dev Device) error {
 		}
 	}
 	return nil
+}
+
+// takenBy says whether the slots of the device can hold every image that is for it.
+func (m *Manifest) takenBy(dev Device) bool {
+	return dev.Takes == nil || !slices.ContainsFunc(m.ImagesFor(dev.Hardware), func(img Image) bool { return !slices.Contains(dev.Takes, img.Kind) })
+}
+
+func kindList(kinds []Kind) string {
+	words := make([]string, len(kinds))
+	for i, k := range kinds {
+		words[i] = string(k)
+	}
+	return strings.Join(words, " or ")
 }
 
 func (m *Manifest) requires(running string) error {

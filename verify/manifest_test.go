@@ -216,6 +216,9 @@ func TestFits(t *testing.T) {
 		{strict, func(d *verify.Device) { d.Running = "" }, verify.CodeRequires},
 		{mixed, func(d *verify.Device) {}, ""},
 		{mixed, func(d *verify.Device) { d.Hardware = "rev-3" }, verify.CodeHardware},
+		{any, func(d *verify.Device) { d.Takes = []verify.Kind{verify.KindContainer} }, verify.CodeKind},
+		{mixed, func(d *verify.Device) { d.Takes = []verify.Kind{verify.KindSlot} }, verify.CodeKind},
+		{mixed, func(d *verify.Device) { d.Takes = []verify.Kind{verify.KindSlot, verify.KindFiles} }, ""},
 	} {
 		t.Run(fmt.Sprint(i), func(t *testing.T) { wantCode(t, c.rel.Fits(dev(c.change)), c.want) })
 	}

@@ -80,6 +80,10 @@ var codeTexts = map[verify.Code]codeText{
 		"The release has no image for this hardware.",
 		"use a release with an image for this hardware, or correct `hardware` in the config.", exitRefused, "needs another release",
 	},
+	verify.CodeKind: {
+		"The release has images of a kind that this device has no slots for.",
+		"make the release with the `--kind` that `slots.kind` of the device takes (container, or slot and files).", exitRefused, "needs another release",
+	},
 	verify.CodeChannel: {
 		"The release is of another channel than this device follows.",
 		"use a release of the device's channel, or set `channel` in the config.", exitRefused, "",

@@ -55,8 +55,8 @@ type MeshConfig struct {
 
 // SlotsConfig says where updates go.
 type SlotsConfig struct {
-	Kind           string   `toml:"kind" comment:"\"files\": two folders and a pointer; \"block\": two partitions and a bootloader; \"rauc\", \"swupdate\", \"mender\", \"command\": another installer writes"`
-	Folder         string   `toml:"folder" comment:"files: where the slots are (required); block: where the records are, on neither slot"`
+	Kind           string   `toml:"kind" comment:"\"files\": two folders and a pointer; \"block\": two partitions and a bootloader; \"container\": two sets of container images; \"rauc\", \"swupdate\", \"mender\", \"command\": another installer writes"`
+	Folder         string   `toml:"folder" comment:"files: where the slots are (required); block, container: where the records are, on neither slot"`
 	Layout         string   `toml:"layout" comment:"\"folder\": each slot a folder of images; \"image\": each slot one image file"`
 	Factory        string   `toml:"factory" comment:"version that the first slot holds when the device is new"`
 	Starts         int      `toml:"starts" comment:"starts that a trial gets, 1 to 10"`
@@ -70,7 +70,8 @@ type SlotsConfig struct {
 	Bootloader string     `toml:"bootloader" comment:"block: \"grub\", \"uboot\", \"systemd-boot\", \"tryboot\", \"efi\" or \"custom\""`
 	Boot       BootConfig `toml:"boot"`
 
-	Delegate DelegateConfig `toml:"delegate"`
+	Delegate  DelegateConfig  `toml:"delegate"`
+	Container ContainerConfig `toml:"container"`
 }
 
 // HealthConfig says when a trial counts as healthy.
@@ -113,7 +114,9 @@ func defaultConfig() Config {
 		Slots: SlotsConfig{Kind: "files", Layout: "folder", Starts: 1, Restart: []string{}, RestartTimeout: Duration(2 * time.Minute),
 			Boot: BootConfig{Env: "/boot/grub/grubenv", Config: "/etc/fw_env.config", Scheme: "left", Variable: "boot_slot", Dir: "/boot",
 				File: "/boot/firmware/autoboot.txt", Command: []string{}},
-			Delegate: DelegateConfig{Command: []string{}, Timeout: Duration(time.Hour)}},
+			Delegate: DelegateConfig{Command: []string{}, Timeout: Duration(time.Hour)},
+			Container: ContainerConfig{Engine: "podman", Command: []string{}, Namespace: "meshupd", Stop: Duration(10 * time.Second),
+				Settle: Duration(5 * time.Second), Services: map[string]ServiceConfig{}}},
 		Health: HealthConfig{Command: []string{}, Deadline: Duration(2 * time.Minute), Interval: Duration(2 * time.Second), Timeout: Duration(30 * time.Second)},
 		Store:  StoreConfig{Reserve: 64 << 20},
 		Policy: PolicyConfig{Auto: "install"},

@@ -11,7 +11,7 @@ import (
 )
 
 // slotKinds are those that slots.kind can name.
-var slotKinds = append([]string{"files", "block"}, delegates...)
+var slotKinds = append([]string{"files", "block", "container"}, delegates...)
 
 // delegates are the kinds of slots that another installer writes.
 var delegates = []string{"rauc", "swupdate", "mender", "command"}

@@ -25,7 +25,13 @@ type localInstaller struct {
 }
 
 func (l localInstaller) Check(ctx context.Context, slot install.SlotName, version string) error {
-	return l.health.For(slot, version).Check(ctx)
+	check := l.health.For(slot, version)
+	containers, ok := l.startedSlots.(*install.Containers)
+	if !ok {
+		return check.Check(ctx)
+	}
+	check.Env = containers.Env(slot)
+	return containers.Check(ctx, slot, check.Check)
 }
 
 func openInstaller(ctx context.Context, cfg Config, log *slog.Logger) (installer, error) {

@@ -32,6 +32,9 @@ func (s SlotsConfig) place() string {
 	if delegated(s.Kind) {
 		return "written by " + s.Kind
 	}
+	if s.Kind == "container" {
+		return "in " + s.Container.Engine
+	}
 	if s.Kind == "block" {
 		return fmt.Sprintf("%q and %q, %s", s.A, s.B, s.Bootloader)
 	}
@@ -52,6 +55,8 @@ func (c *Config) checkSlots() error {
 		return c.checkBlock()
 	case delegated(c.Slots.Kind):
 		return c.checkDelegate()
+	case c.Slots.Kind == "container":
+		return c.checkContainers()
 	case c.Slots.Folder == "":
 		return &fieldError{"slots.folder", "is missing"}
 	case c.Slots.Layout != "folder" && c.Slots.Layout != "image":
@@ -173,6 +178,9 @@ func openSlots(ctx context.Context, cfg Config, log *slog.Logger) (startedSlots,
 	}
 	if delegated(cfg.Slots.Kind) {
 		return openDelegate(ctx, cfg, restart)
+	}
+	if cfg.Slots.Kind == "container" {
+		return openContainers(ctx, cfg)
 	}
 	return install.OpenFiles(install.FilesConfig{
 		Dir: cfg.Slots.Folder, Layout: install.Layout(cfg.Slots.Layout), FactoryVersion: cfg.Slots.Factory,
