@@ -92,6 +92,7 @@ func (c BlockConfig) withDefaults() (BlockConfig, error) {
 // All methods are safe for concurrent use by one process.
 type Block struct {
 	*pair
+	blocks *blockCells // the pair's
 }
 
 // OpenBlock opens the slots. On a device without records the slot that runs counts as the factory's, whole, and becomes
@@ -116,7 +117,7 @@ func OpenBlock(ctx context.Context, cfg BlockConfig) (*Block, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Block{&pair{boot: boot, power: boot, records: records, cells: cells, starts: cfg.Starts}}, nil
+	return &Block{blocks: cells, pair: &pair{boot: boot, power: boot, records: records, cells: cells, starts: cfg.Starts}}, nil
 }
 
 // openLoader opens the bootloader and begins its note. The configuration has its defaults.

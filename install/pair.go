@@ -30,6 +30,7 @@ type pair struct {
 
 	mu      sync.Mutex // orders the steps of the boot state, and owns:
 	writing bool       // a Write is under way
+	idle    *IdleSlot  // the last that was opened; nil: none
 }
 
 var _ Slots = (*pair)(nil)
@@ -110,6 +111,11 @@ func (p *pair) beginWrite(ctx context.Context) (SlotName, error) {
 	}
 	if b.Booted != b.Default {
 		return "", verify.Refuse(verify.CodeBusy, "write a slot: slot %s runs until the restart to slot %s", b.Booted, b.Default)
+	}
+	if p.idle != nil { // nobody else writes to it from here on
+		if err := p.idle.seal(); err != nil {
+			return "", err
+		}
 	}
 	p.writing = true
 	return b.Default.Other(), nil

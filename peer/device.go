@@ -126,6 +126,7 @@ func (n *Node) observe(ctx context.Context) (view, error) {
 		n.observeImages(&v)
 	}
 	n.swarm.SetMembers(n.members())
+	n.stopLost()
 	n.seed(known)
 
 	// What was withdrawn while it was on trial is as good as failed.
@@ -263,8 +264,7 @@ func (n *Node) do(ctx context.Context, step Step, v view) error {
 	switch step {
 	case StepWrite:
 		defer n.setWriting(progress{})
-		err := slots.Write(ctx, v.target, v.images, n.openImage, func(done, total int64) { n.setWriting(progress{done, total}) })
-		return n.installerRefused(err, v)
+		return n.installerRefused(n.writeSlot(ctx, v), v)
 	case StepTry:
 		return slots.Try(ctx, v.slots.Default.Other())
 	case StepRestart:

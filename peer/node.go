@@ -37,6 +37,8 @@ type Config struct {
 
 	Slots install.Slots
 	Takes []verify.Kind // kinds of images that Slots can hold; nil: any
+	// Straight, if not nil, are the same slots: a raw image lands in the idle one as it comes, with no copy in the store.
+	Straight Straight
 	// Starter, if not nil, is run once before the first look at the slots: what
 	// a bootloader does at power-on where there is none.
 	Starter func(ctx context.Context) error
@@ -126,7 +128,11 @@ func (n *Node) openState() (err error) {
 	if why := n.door.Trust().Damage; why != "" {
 		n.log.Error("the kept trust chain is damaged; what holds of it is used", "why", why)
 	}
-	if n.store, err = swarm.OpenStore(swarm.StoreConfig{Dir: filepath.Join(dir, "store"), Reserve: n.cfg.Reserve, Log: n.log}); err != nil {
+	store := swarm.StoreConfig{Dir: filepath.Join(dir, "store"), Reserve: n.cfg.Reserve, Log: n.log}
+	if n.cfg.Straight != nil {
+		store.Places = places{n}
+	}
+	if n.store, err = swarm.OpenStore(store); err != nil {
 		return fmt.Errorf("open the store: %w", err)
 	}
 	if n.failures, err = install.OpenFailures(dir); err != nil {

@@ -166,6 +166,10 @@ func (n *Node) OpenImport(ctx context.Context, head *verify.UnverifiedHead, by, 
 	if err := n.outdated(rel); err != nil {
 		return nil, err
 	}
+	i := &Import{n: n, rel: rel, by: by, source: source}
+	n.mu.Lock()
+	n.importing[i] = true // what is to be installed may need no space in the store
+	n.mu.Unlock()
 	var missing []verify.Image
 	for _, img := range rel.Manifest().Images {
 		if !n.store.Has(img.SHA256) {
@@ -173,12 +177,9 @@ func (n *Node) OpenImport(ctx context.Context, head *verify.UnverifiedHead, by, 
 		}
 	}
 	if err := n.store.CheckSpace(missing...); err != nil {
+		i.close()
 		return nil, err
 	}
-	i := &Import{n: n, rel: rel, by: by, source: source}
-	n.mu.Lock()
-	n.importing[i] = true
-	n.mu.Unlock()
 	return i, nil
 }
 

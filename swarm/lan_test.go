@@ -234,6 +234,12 @@ func newPicture(tb testing.TB, size, piece int64, seed uint64) picture {
 	data := make([]byte, size)
 	r := rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8)})
 	r.Read(data)
+	return pictureOf(data, piece)
+}
+
+// pictureOf is an image of these bytes.
+func pictureOf(data []byte, piece int64) picture {
+	size := int64(len(data))
 	table := &verify.PieceTable{Length: piece, Size: size}
 	for at := int64(0); at < size; at += piece {
 		h := merkle.NewHash()

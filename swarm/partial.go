@@ -38,13 +38,22 @@ const tailMisses = 64
 // the file and only then replaces the bitmap by one that claims those pieces.
 type bytesOf struct {
 	store *Store
+	img   verify.Image
 	g     geometry
 	table *verify.PieceTable
-	f     *os.File
+	f     Place  // an *os.File of the store, or a place
+	place string // name of the place; "": the store
+	bits  string // path of the bitmap
 
 	wake    chan struct{} // has room for one: something for run to do
 	durable atomic.Int64  // bytes that the bitmap on disk claims
 	dropped atomic.Bool   // the store forgot the image: do not write its name again
+
+	gate sync.RWMutex // of a place: held for writing while it is taken away
+
+	reading sync.Mutex // guards a piece on its way out of a place
+	piece   []byte     // checked; nil: none
+	pieceAt int        // its number
 
 	mu           sync.Mutex
 	have         pieceSet
@@ -58,13 +67,18 @@ type bytesOf struct {
 // openBytes starts to use an image: the whole one, or its .part file, which is made
 // or resumed. The caller must run run and then close. Errors are coded.
 func (s *Store) openBytes(ctx context.Context, img verify.Image, table *verify.PieceTable) (*bytesOf, error) {
-	g := geometryOf(img)
-	if !g.valid() || table == nil || (g.pieces() > 1 && len(table.Hashes) != g.pieces()) {
+	b := newBytesOf(s, img, table)
+	if !b.fits() {
 		return nil, verify.Refuse(verify.CodeFormat, "open image %s: its piece table does not fit", img.SHA256)
 	}
-	b := &bytesOf{store: s, g: g, table: table, wake: make(chan struct{}, 1), have: newPieceSet(g.pieces())}
 	if s.Has(img.SHA256) {
+		if at := s.Placed(img.SHA256); at != "" {
+			return b, b.openPlaced(ctx, at)
+		}
 		return b, b.openWhole()
+	}
+	if name := s.choose(img); name != "" {
+		return b, b.openPlace(ctx, name)
 	}
 	if err := s.promise(img); err != nil {
 		return nil, err
@@ -76,6 +90,20 @@ func (s *Store) openBytes(ctx context.Context, img verify.Image, table *verify.P
 		return nil, err
 	}
 	return b, nil
+}
+
+func newBytesOf(s *Store, img verify.Image, table *verify.PieceTable) *bytesOf {
+	g := geometryOf(img)
+	b := &bytesOf{store: s, img: img, g: g, table: table, bits: s.bitsPath(img.SHA256), wake: make(chan struct{}, 1)}
+	if g.valid() {
+		b.have = newPieceSet(g.pieces())
+	}
+	return b
+}
+
+// fits says whether the image can be cut into pieces as its table says.
+func (b *bytesOf) fits() bool {
+	return b.g.valid() && b.table != nil && (b.g.pieces() <= 1 || len(b.table.Hashes) == b.g.pieces())
 }
 
 // overtaken says that the image became whole by Put while its .part file is still in use.
@@ -130,7 +158,7 @@ func (b *bytesOf) openPart(ctx context.Context) error {
 // resume opens the .part file and finds out what it holds.
 func (b *bytesOf) resume(ctx context.Context) error {
 	s := b.store
-	g, have, trusted := s.readBits(b.g.image)
+	g, have, trusted := s.readBits(b.bits, b.g.image)
 	trusted = trusted && g == b.g
 	if !trusted {
 		// The new bitmap must not meet a .part file of another shape under a bitmap that claims something.
@@ -202,11 +230,22 @@ func (b *bytesOf) checkPiece(i int) (bool, error) {
 	if _, err := b.writePiece(h, i); err != nil {
 		return false, err
 	}
+	return b.rightHash(h, i), nil
+}
+
+func (b *bytesOf) rightHash(h *merkle.Hash, i int) bool {
 	// An image of one piece has no layer: its hash is the root itself, which is not padded to the piece length (BEP 52).
 	if b.g.pieces() == 1 {
-		return verify.Digest(h.Sum(nil)) == b.g.root, nil
+		return verify.Digest(h.Sum(nil)) == b.g.root
 	}
-	return verify.Digest(h.SumMinLength(nil, int(b.g.length))) == b.table.Hashes[i], nil
+	return verify.Digest(h.SumMinLength(nil, int(b.g.length))) == b.table.Hashes[i]
+}
+
+// rightPiece hashes one piece in memory.
+func (b *bytesOf) rightPiece(i int, data []byte) bool {
+	h := merkle.NewHash()
+	h.Write(data)
+	return b.rightHash(h, i)
 }
 
 var pieceBuffers = sync.Pool{New: func() any { buf := make([]byte, 64<<10); return &buf }}
@@ -276,13 +315,18 @@ func (b *bytesOf) fail(err error) error {
 	return b.err
 }
 
-func (b *bytesOf) readAt(p []byte, off int64) (int, error) { return b.f.ReadAt(p, off) }
+func (b *bytesOf) readAt(p []byte, off int64) (int, error) {
+	if b.place != "" {
+		return b.readPlaced(p, off)
+	}
+	return b.f.ReadAt(p, off)
+}
 
 func (b *bytesOf) write(p []byte, off int64) (int, error) {
 	if err := b.failed(); err != nil {
 		return 0, err
 	}
-	n, err := b.store.writeAt(b.f, p, off)
+	n, err := b.store.write(b, p, off)
 	if err != nil {
 		return n, b.fail(fmt.Errorf("write image %s: %w", b.g.image, err))
 	}
@@ -352,6 +396,26 @@ func (b *bytesOf) unsavedBytes() int64 {
 	return b.unsaved
 }
 
+// sync makes the written bytes durable.
+func (b *bytesOf) sync() error {
+	if f, ok := b.f.(*os.File); ok {
+		return fdatasync(f)
+	}
+	return b.f.Sync()
+}
+
+// forget drops what can never become whole.
+func (b *bytesOf) forget() error {
+	if b.place != "" {
+		return b.store.forgetPlaced(b.g.image, b.place)
+	}
+	if err := b.store.removePartial(b.g.image); err != nil {
+		return err
+	}
+	b.dropped.Store(true)
+	return nil
+}
+
 // checkpoint makes what is verified durable, and then says so on disk.
 func (b *bytesOf) checkpoint() error {
 	b.mu.Lock()
@@ -362,11 +426,11 @@ func (b *bytesOf) checkpoint() error {
 	data, claimed := encodeBits(b.g, b.have), b.verified
 	unsaved := b.unsaved
 	b.mu.Unlock()
-	if err := fdatasync(b.f); err != nil {
+	if err := b.sync(); err != nil {
 		return fmt.Errorf("sync image %s: %w", b.g.image, err)
 	}
 	b.store.step("checkpoint: data synced")
-	if err := durable.WriteFile(b.store.bitsPath(b.g.image), data, 0o644); err != nil {
+	if err := b.claim(data); err != nil {
 		return err
 	}
 	b.store.step("checkpoint: bitmap replaced")
@@ -385,8 +449,11 @@ func (b *bytesOf) finish(digest *prefixHash) error {
 	if b.dropped.Load() {
 		return verify.Refuse(verify.CodeNotFound, "store image %s: it was dropped meanwhile", b.g.image)
 	}
+	if b.place != "" {
+		return b.finishPlace()
+	}
 	s := b.store
-	if err := b.f.Chmod(0o444); err != nil {
+	if err := os.Chmod(s.partPath(b.g.image), 0o444); err != nil {
 		return b.fail(err)
 	}
 	if err := b.f.Sync(); err != nil {
@@ -431,10 +498,9 @@ func (b *bytesOf) recheck(ctx context.Context, lost func(piece int)) error {
 		}
 	}
 	if len(bad) == 0 {
-		if err := b.store.removePartial(b.g.image); err != nil {
+		if err := b.forget(); err != nil {
 			return err
 		}
-		b.dropped.Store(true)
 		return verify.Refuse(verify.CodeDigest, "store image %s: all pieces fit the piece table, but the whole is not what was signed", b.g.image)
 	}
 	b.store.cfg.Log.Warn("pieces changed on disk, fetch them again", "image", b.g.image, "pieces", len(bad))
@@ -455,6 +521,9 @@ func (b *bytesOf) recheck(ctx context.Context, lost func(piece int)) error {
 // close ends the use; what is verified is made durable first.
 func (b *bytesOf) close() error {
 	err := b.checkpoint()
+	if b.place != "" {
+		return errors.Join(err, b.closePlace())
+	}
 	s := b.store
 	s.mu.Lock()
 	if s.open[b.g.image] == b {

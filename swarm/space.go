@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -23,6 +24,7 @@ func (s *Store) SetReserve(bytes int64) {
 // transfers still have to write is counted as gone: two transfers that each fit
 // alone must not run into a full disk together.
 func (s *Store) CheckSpace(imgs ...verify.Image) error {
+	imgs = slices.DeleteFunc(slices.Clone(imgs), func(img verify.Image) bool { return s.choose(img) != "" })
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.checkSpaceLocked(imgs)

@@ -8,6 +8,8 @@ import (
 	g "github.com/anacrolix/generics"
 	"github.com/anacrolix/torrent/metainfo"
 	"github.com/anacrolix/torrent/storage"
+
+	"meshupd/verify"
 )
 
 // storageOf gives the engine a transfer's bytes: plain reads and writes at an
@@ -39,7 +41,15 @@ type pieceOf struct {
 
 func (p pieceOf) offset() int64 { return int64(p.i) * p.t.g.length }
 
-func (p pieceOf) ReadAt(b []byte, off int64) (int, error)  { return p.t.bytes.readAt(b, p.offset()+off) }
+// ReadAt fails the transfer when the bytes are not held any more: nobody would notice otherwise.
+func (p pieceOf) ReadAt(b []byte, off int64) (int, error) {
+	n, err := p.t.bytes.readAt(b, p.offset()+off)
+	if code := verify.CodeOf(err); code == verify.CodeSlot || code == verify.CodeNotFound {
+		p.t.fail(err)
+	}
+	return n, err
+}
+
 func (p pieceOf) WriteAt(b []byte, off int64) (int, error) { return p.t.bytes.write(b, p.offset()+off) }
 
 // WriteTo is how the engine reads a piece back to hash it.

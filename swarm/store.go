@@ -22,6 +22,8 @@ type StoreConfig struct {
 	Dir     string
 	Reserve int64 // bytes of the file system that must stay free
 	Log     *slog.Logger
+	// Places, if not nil, gives images a place outside Dir.
+	Places Places
 }
 
 // Store keeps images by digest and the heads of their releases. Safe for concurrent use.
@@ -29,6 +31,7 @@ type StoreConfig struct {
 //	images/<sha256>       a whole image, mode 0444; it has this name only after its digest was checked
 //	images/<sha256>.part  an image on its way, at its full size from the start
 //	images/<sha256>.bits  which pieces of the .part file are verified and durable, see bitmap.go
+//	images/<sha256>.at-*  the same of an image that lies outside the store, see place.go
 //	heads/<release>.head  the signed head of a release, to be checked again at each start
 type Store struct {
 	cfg StoreConfig
@@ -44,6 +47,8 @@ type Store struct {
 	partial  map[verify.Digest]int64    // verified bytes of .part files that nobody has open
 	open     map[verify.Digest]*bytesOf // .part files in use
 	promised map[verify.Digest]int64    // size of images that are being written
+	placed   map[verify.Digest]string   // name of the place of images that lie outside; they are in whole or partial or open too
+	serving  map[verify.Digest]*bytesOf // those of them in use
 }
 
 const (
@@ -69,6 +74,8 @@ func OpenStore(cfg StoreConfig) (*Store, error) {
 		partial:  map[verify.Digest]int64{},
 		open:     map[verify.Digest]*bytesOf{},
 		promised: map[verify.Digest]int64{},
+		placed:   map[verify.Digest]string{},
+		serving:  map[verify.Digest]*bytesOf{},
 	}
 	for _, dir := range []string{s.imageDir(), s.headDir()} {
 		if err := durable.MkdirAll(dir, 0o755); err != nil {
@@ -101,6 +108,7 @@ func (s *Store) readImages() error {
 		return err
 	}
 	parts := map[verify.Digest]bool{}
+	var names []string
 	for _, e := range entries {
 		info, err := e.Info()
 		if err != nil {
@@ -109,6 +117,7 @@ func (s *Store) readImages() error {
 		if !info.Mode().IsRegular() {
 			continue
 		}
+		names = append(names, e.Name())
 		if d, err := verify.ParseDigest(e.Name()); err == nil {
 			s.whole[d] = info.Size()
 		}
@@ -133,22 +142,22 @@ func (s *Store) readImages() error {
 			}
 			continue
 		}
-		if g, have, ok := s.readBits(d); ok {
+		if g, have, ok := s.readBits(s.bitsPath(d), d); ok {
 			s.partial[d] = g.bytesIn(have)
 		} else {
 			s.partial[d] = 0
 		}
 	}
-	return nil
+	return s.readPlaces(names)
 }
 
-// readBits reads the bitmap of a .part file; ok is false if there is none to trust.
-func (s *Store) readBits(d verify.Digest) (geometry, pieceSet, bool) {
-	info, err := os.Stat(s.bitsPath(d))
+// readBits reads a bitmap; ok is false if there is none to trust.
+func (s *Store) readBits(path string, d verify.Digest) (geometry, pieceSet, bool) {
+	info, err := os.Stat(path)
 	if err != nil || !info.Mode().IsRegular() || info.Size() > maxBitsFile {
 		return geometry{}, nil, false
 	}
-	data, err := os.ReadFile(s.bitsPath(d))
+	data, err := os.ReadFile(path)
 	if err != nil {
 		return geometry{}, nil, false
 	}
@@ -196,6 +205,9 @@ func (s *Store) HaveBytes(d verify.Digest) int64 {
 
 // Open opens a whole image.
 func (s *Store) Open(d verify.Digest) (io.ReadCloser, error) {
+	if at := s.Placed(d); at != "" {
+		return nil, verify.Refuse(verify.CodeNotFound, "open image %s: it lies in slot %s", d, at)
+	}
 	return s.openWhole(d)
 }
 
@@ -216,7 +228,18 @@ func (s *Store) Put(ctx context.Context, rel *verify.Release, img verify.Image, 
 	if got, ok := rel.Image(img.SHA256); !ok || got.Size != img.Size {
 		return verify.Refuse(verify.CodeBundle, "store image %s: it is not part of the release", img.SHA256)
 	}
+	if name := s.choose(img); name != "" && !s.Has(img.SHA256) {
+		return s.putPlace(ctx, img, rel.Pieces(img.SHA256), r, name, progress)
+	}
 	return s.put(ctx, img, r, progress)
+}
+
+// write goes to a file of the store, or to a place.
+func (s *Store) write(b *bytesOf, p []byte, off int64) (int, error) {
+	if f, ok := b.f.(*os.File); ok {
+		return s.writeAt(f, p, off)
+	}
+	return b.writePlaced(p, off)
 }
 
 func (s *Store) put(ctx context.Context, img verify.Image, r io.Reader, progress func(done int64)) error {
@@ -362,6 +385,11 @@ func (s *Store) Drop(rel *verify.Release, keep []*verify.Release) error {
 }
 
 func (s *Store) dropImage(d verify.Digest) error {
+	if at := s.Placed(d); at != "" {
+		if err := s.forgetPlaced(d, at); err != nil {
+			return err
+		}
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.whole, d)

@@ -84,8 +84,9 @@ type HealthConfig struct {
 
 // StoreConfig bounds the store of images.
 type StoreConfig struct {
-	Reserve Size `toml:"reserve" comment:"what stays free on its disk"`
-	Relay   Size `toml:"relay" comment:"how much is fetched for neighbours of other hardware, to be handed on; \"0\": nothing"`
+	Reserve  Size `toml:"reserve" comment:"what stays free on its disk"`
+	Relay    Size `toml:"relay" comment:"how much is fetched for neighbours of other hardware, to be handed on; \"0\": nothing"`
+	Straight bool `toml:"straight" comment:"block: the raw image of the next version lands in the idle slot as it comes, with no copy on disk; packed images, and all others, go to the store"`
 }
 
 // LimitsConfig bounds the traffic.
@@ -210,6 +211,9 @@ func (c *Config) checkHealth() error {
 }
 
 func (c *Config) checkRest() error {
+	if c.Store.Straight && c.Slots.Kind != "block" {
+		return &fieldError{"store.straight", `needs slots.kind = "block"`}
+	}
 	switch c.Policy.Auto {
 	case "off", "check", "fetch", "install":
 	default:

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"meshupd/install"
+	"meshupd/peer"
 )
 
 // installer is the half of a device that writes slots and starts them. Here it is part of the daemon; everything that
@@ -16,12 +17,19 @@ type installer interface {
 	Start(ctx context.Context) error
 	// Check proves the slot that runs healthy, or says why not (E-HEALTH).
 	Check(ctx context.Context, slot install.SlotName, version string) error
+	// straight is how pieces land in the idle slot, or nil where this process may not write slots.
+	straight() peer.Straight
 }
 
 // localInstaller does it in this process.
 type localInstaller struct {
 	startedSlots
 	health install.Health
+}
+
+func (l localInstaller) straight() peer.Straight {
+	s, _ := l.startedSlots.(peer.Straight)
+	return s
 }
 
 func (l localInstaller) Check(ctx context.Context, slot install.SlotName, version string) error {

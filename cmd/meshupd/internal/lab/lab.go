@@ -61,9 +61,9 @@ type DeviceConfig struct {
 	Reserve  string // bytes that must stay free, as in the config file
 	Relay    string // bytes fetched for other hardware, as in the config file
 	Policy   string
-	// Lines are added to the config as they are.
-	Lines []string
-	Env   []string
+	// Lines are added to the config as they are; Slots and Store to those sections.
+	Lines, Slots, Store []string
+	Env                 []string
 }
 
 // Device is one daemon of a lab.
@@ -135,7 +135,7 @@ run = %q
 [slots]
 folder = %q
 factory = "1.0.0"
-restart = ["true"]
+%s
 
 [health]
 command = %s
@@ -145,13 +145,15 @@ interval = "200ms"
 [store]
 reserve = %q
 relay = %q
+%s
 
 [policy]
 auto = %q
 %s
 `, Product, or(cfg.Hardware, "rev-a"), or(cfg.Channel, "stable"), cfg.Name, l.Vendor.Anchor(),
 		or(cfg.StateDir, filepath.Join(d.Dir, "state")), filepath.Join(d.Dir, "run"), listen,
-		filepath.Join(d.Dir, "slots"), tomlList(health), or(cfg.Reserve, "1MiB"), or(cfg.Relay, "0"), or(cfg.Policy, "install"),
+		filepath.Join(d.Dir, "slots"), or(strings.Join(cfg.Slots, "\n"), `restart = ["true"]`), tomlList(health), or(cfg.Reserve, "1MiB"), or(cfg.Relay, "0"),
+		strings.Join(cfg.Store, "\n"), or(cfg.Policy, "install"),
 		strings.Join(cfg.Lines, "\n"))
 }
 
@@ -183,6 +185,17 @@ func (d *Device) Start() error {
 
 // PID of the running daemon.
 func (d *Device) PID() int { return d.cmd.Process.Pid }
+
+// Wait waits until the daemon has ended by itself.
+func (d *Device) Wait(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-d.ended:
+		d.cmd = nil
+		return nil
+	}
+}
 
 // Kill ends the daemon as a power cut would, and waits until it is gone.
 func (d *Device) Kill() error {
