@@ -232,10 +232,14 @@ func openDropped(path string) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	// Either may be refused: by a file that is no device, by a file system that has no cache.
+	dropCache(f)
+	return f, nil
+}
+
+// dropCache drops clean pages. Either call may be refused: by a file that is no device, by a file system that has no cache.
+func dropCache(f *os.File) {
 	_, _, _ = unix.Syscall(unix.SYS_IOCTL, f.Fd(), unix.BLKFLSBUF, 0)
 	_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
-	return f, nil
 }
 
 func aligned(n int) []byte {

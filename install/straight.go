@@ -53,6 +53,7 @@ func (b *Block) OpenIdle(ctx context.Context, img verify.Image) (*IdleSlot, erro
 	if err != nil {
 		return nil, err
 	}
+	dropCache(f) // what is compared with the image and found right is what the medium holds
 	idle := &IdleSlot{slot: slot, f: f, size: img.Size}
 	b.mu.Lock()
 	b.idle = idle

@@ -77,7 +77,9 @@ func nodeConfig(cfg Config, inst installer, log *slog.Logger) (peer.Config, erro
 	}
 	var straight peer.Straight
 	if cfg.Store.Straight {
-		straight = inst.straight()
+		if straight = inst.straight(); straight == nil {
+			return peer.Config{}, verify.Refuse(verify.CodeConfig, "store.straight: this process may not write the slots itself")
+		}
 	}
 	return peer.Config{
 		Name: cfg.Name, Product: cfg.Product, Hardware: cfg.Hardware, Channel: cfg.Channel,
