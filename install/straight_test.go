@@ -2,12 +2,17 @@ package install_test
 
 import (
 	"bytes"
+	"context"
+	"crypto/sha256"
 	"errors"
+	"io"
 	"os"
+	"slices"
 	"syscall"
 	"testing"
 
 	"meshupd/install"
+	"meshupd/install/slotstest"
 	"meshupd/verify"
 )
 
@@ -188,4 +193,54 @@ func TestStraightFaults(t *testing.T) {
 			t.Errorf("no fault at %s", want)
 		}
 	}
+}
+
+// straightDevice is a Block to which every image comes piece by piece, in the order in which neighbours may send it.
+type straightDevice struct{ *install.Block }
+
+func (d straightDevice) Write(ctx context.Context, rel *verify.Release, images []verify.Image, open install.Source, progress func(done, total int64)) error {
+	if len(images) != 1 || images[0].Encoding != verify.EncodingNone || !slices.ContainsFunc(rel.Manifest().Images, func(img verify.Image) bool { return img.SHA256 == images[0].SHA256 }) {
+		return d.Block.Write(ctx, rel, images, open, progress) // it goes to the store
+	}
+	src, err := open(images[0])
+	if err != nil {
+		return d.Block.Write(ctx, rel, images, open, progress)
+	}
+	defer src.Close()
+	data, err := io.ReadAll(src)
+	if err != nil || verify.Digest(sha256.Sum256(data)) != images[0].SHA256 {
+		return d.Block.Write(ctx, rel, images, open, progress) // swarm lets no such piece pass
+	}
+	idle, err := d.OpenIdle(ctx, images[0])
+	if err != nil {
+		return err
+	}
+	defer idle.Close()
+	const piece = 16 << 10
+	for at := (len(data) - 1) / piece * piece; at >= 0; at -= piece {
+		if _, err := idle.WriteAt(data[at:min(len(data), at+piece)], int64(at)); err != nil {
+			return err
+		}
+	}
+	if err := idle.Sync(); err != nil {
+		return err
+	}
+	return d.Adopt(ctx, rel, images, progress)
+}
+
+// The stories and faults of all slots, told to slots that are filled piece by piece.
+func TestBlockStraight(t *testing.T) {
+	slotstest.Run(t, func(t *testing.T) slotstest.Harness {
+		h := blockHarness(t, grubFirmware(t), plainDevice(t, "a", 64<<10, "what the factory put there"), plainDevice(t, "b", 64<<10, ""))
+		h.Plain = true
+		open := h.Open
+		h.Open = func(power int, step slotstest.Step) (slotstest.Device, error) {
+			d, err := open(power, step)
+			if err != nil {
+				return nil, err
+			}
+			return straightDevice{d.(*install.Block)}, nil
+		}
+		return h
+	})
 }

@@ -33,6 +33,8 @@ type Harness struct {
 	Kind verify.Kind
 	// Content makes the content of an image out of noise, where not any bytes will do; nil: the noise itself.
 	Content func(noise []byte) []byte
+	// Plain says that no image is compressed; otherwise every other one is.
+	Plain bool
 	// Deep says that the device is quick enough to meet every pair of faults.
 	Deep bool
 }

@@ -47,7 +47,7 @@ func newUpdate(t *testing.T, vendor *verifytest.Vendor, seq int, h Harness) upda
 			u.contents[name] = h.Content(u.contents[name])
 		}
 		u.distributed[name] = u.contents[name]
-		if i%2 == 0 {
+		if i%2 == 0 && !h.Plain {
 			u.distributed[name] = compress(t, u.contents[name])
 		}
 		path := filepath.Join(t.TempDir(), name)
