@@ -55,7 +55,7 @@ func (c *containerCells) fits(images []verify.Image) error {
 			return verify.Refuse(verify.CodeFormat, "write a slot: image %s is of kind %s, and this device takes containers", img.Name, img.Kind)
 		}
 		if _, found := c.defined[img.Name]; !found {
-			return verify.Refuse(verify.CodeFormat, "write a slot: the release has the service %s, which the configuration does not know", img.Name)
+			return verify.Refuse(verify.CodeConfig, "write a slot: the release has the service %s, which the configuration does not know", img.Name)
 		}
 	}
 	return nil
@@ -138,14 +138,14 @@ func (c *containerCells) put(ctx context.Context, slot SlotName, img verify.Imag
 	}
 	archive, err := openArchive(spool, spool)
 	if err != nil {
-		return err
+		return verify.Refuse(verify.CodeInstaller, "%s: %w", what, err)
 	}
 	clean, err := archive.stream(slotRef(img.Name, slot))
 	if err != nil {
 		return mediumError(err, what, 0)
 	}
 	if err := c.cfg.step("engine.load", func() error { return c.engine.load(ctx, clean) }); err != nil {
-		return engineError(ctx, err, what)
+		return c.refused(ctx, err, what)
 	}
 	pins, err := c.pins(slot)
 	if err != nil {
@@ -174,6 +174,16 @@ func (c *containerCells) check(ctx context.Context, slot SlotName, img verify.Im
 		return verify.Refuse(verify.CodeSlot, "the engine has another image for service %s in slot %s than was loaded", img.Name, slot)
 	}
 	return nil
+}
+
+// refused tells an engine that does not want an image (E-INSTALLER, a verdict that the lifecycle counts) from one that is
+// not there, or has no room.
+func (c *containerCells) refused(ctx context.Context, err error, what string) error {
+	accident := engineError(ctx, err, what)
+	if verify.CodeOf(accident) != verify.CodeSlot || c.engine.ready(ctx) != nil {
+		return accident
+	}
+	return verify.Refuse(verify.CodeInstaller, "%s: %w", what, err)
 }
 
 // engineError gives a code to what an engine said. That its disk is full it says in words only.

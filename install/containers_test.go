@@ -349,8 +349,8 @@ func TestWhatIsNoContainerIsRefused(t *testing.T) {
 	c := s.open(t)
 	slot, _ := verifytest.NewVendor(t, "containers").Verified(t, verifytest.Opts{})
 	wantCode(t, "an image of another kind", c.Write(t.Context(), slot, slot.Manifest().Images, s.source, nil), verify.CodeFormat)
-	wantCode(t, "a service that nobody placed", s.write(t.Context(), c, s.release(t, "2.0.0", map[string][]byte{"shell": archive("x")})), verify.CodeFormat)
-	wantCode(t, "no archive", s.write(t.Context(), c, s.release(t, "3.0.0", map[string][]byte{"web": []byte("no tar")})), verify.CodeFormat)
+	wantCode(t, "a service that nobody placed", s.write(t.Context(), c, s.release(t, "2.0.0", map[string][]byte{"shell": archive("x")})), verify.CodeConfig)
+	wantCode(t, "no archive", s.write(t.Context(), c, s.release(t, "3.0.0", map[string][]byte{"web": []byte("no tar")})), verify.CodeInstaller)
 	if len(s.engine.Held()) != 0 {
 		t.Fatalf("the engine holds %v", s.engine.Held())
 	}
@@ -374,6 +374,22 @@ func TestEngineSaysItsDiskIsFull(t *testing.T) {
 	}
 	c := s.open(t)
 	wantCode(t, "write", s.write(t.Context(), c, s.release(t, "2.0.0", map[string][]byte{"web": archive("2")})), verify.CodeSpace)
+}
+
+// TestEngineRefuses: a verdict on the image is told from an engine that is not there.
+func TestEngineRefuses(t *testing.T) {
+	s := newSite(t, map[string]install.Service{"web": {}})
+	s.step = func(name string, do func() error) error {
+		if name == "engine.load" {
+			return errors.New("exit status 1: layer has another digest")
+		}
+		return do()
+	}
+	c := s.open(t)
+	rel := s.release(t, "2.0.0", map[string][]byte{"web": archive("2")})
+	wantCode(t, "write", s.write(t.Context(), c, rel), verify.CodeInstaller)
+	s.engine.Stop()
+	wantCode(t, "write without an engine", s.write(t.Context(), c, rel), verify.CodeSlot)
 }
 
 func TestContainersConfigIsChecked(t *testing.T) {

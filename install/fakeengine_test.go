@@ -73,6 +73,13 @@ func (f *FakeEngine) Restarts(name string) {
 	f.flaky = name
 }
 
+// Stop makes the engine not answer any more.
+func (f *FakeEngine) Stop() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.Down = true
+}
+
 // Running lists what runs: image by container.
 func (f *FakeEngine) Running() map[string]verify.Digest {
 	f.mu.Lock()

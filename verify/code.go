@@ -37,7 +37,7 @@ const (
 	CodeFailedHere Code = "E-FAILED-HERE" // this image already failed on this device
 	CodeHealth     Code = "E-HEALTH"      // the health check did not pass in time
 	CodeSlot       Code = "E-SLOT"        // the slot cannot be written or read back
-	CodeInstaller  Code = "E-INSTALLER"   // the installer that slots.kind names refused the image
+	CodeInstaller  Code = "E-INSTALLER"   // the installer or engine that slots.kind names refused the image
 	CodeBoot       Code = "E-BOOT"        // the boot state cannot be read or changed
 	CodeRestart    Code = "E-RESTART"     // the restart command failed
 	CodeSpace      Code = "E-SPACE"       // not enough free space

@@ -137,8 +137,8 @@ var codeTexts = map[verify.Code]codeText{
 		"check the disk and the [slots] part of the config, then try again.", exitFailed, "check its disk",
 	},
 	verify.CodeInstaller: {
-		"The installer of this device (RAUC, SWUpdate, Mender or a program) refused the image.",
-		"read its reason; the image needs that installer's own signature and compatible name. A corrected release is tried by itself.", exitFailed, "its installer refused the image",
+		"The installer of this device (RAUC, SWUpdate, Mender, a container engine or a program) refused the image.",
+		"read its reason; the image needs that installer's own signature and compatible name; a container has to be an OCI archive for this processor. A corrected release is tried by itself.", exitFailed, "its installer refused the image",
 	},
 	verify.CodeBoot: {
 		"The boot state cannot be read or changed.",
