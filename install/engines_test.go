@@ -225,6 +225,7 @@ func TestEngines(t *testing.T) {
 		}
 		t.Logf("cut at each of %d steps", cuts)
 		must(t, "the end", httpCheck(web, "4-web")(t.Context()))
+		must(t, "the end", httpCheck(api, "4-api")(t.Context()))
 		if got := references(e); !slices.Equal(got, []string{"docker.io/library/other:latest",
 			"localhost/meshupd/api:a", "localhost/meshupd/api:b", "localhost/meshupd/web:a", "localhost/meshupd/web:b"}) {
 			t.Fatalf("the engine holds %v", got)
