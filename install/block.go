@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -169,6 +170,9 @@ func (c BlockConfig) restart(ctx context.Context, slot SlotName, version, arg st
 type blockCells struct {
 	cfg   BlockConfig
 	paths map[SlotName]string
+
+	costMu        sync.Mutex // guards what the last write cost
+	written, same int64
 }
 
 var _ cells = (*blockCells)(nil)
@@ -249,10 +253,25 @@ func (b *blockCells) put(_ context.Context, slot SlotName, img verify.Image, fil
 	if err != nil {
 		return mediumError(err, what, img.Content.Size)
 	}
-	if b.cfg.Wrote != nil {
-		b.cfg.Wrote(slot, w.written, w.same)
-	}
+	b.tell(slot, w.written, w.same)
 	return nil
+}
+
+// tell notes what a write cost.
+func (b *blockCells) tell(slot SlotName, written, same int64) {
+	b.costMu.Lock()
+	b.written, b.same = written, same
+	b.costMu.Unlock()
+	if b.cfg.Wrote != nil {
+		b.cfg.Wrote(slot, written, same)
+	}
+}
+
+// Wrote says how many bytes of the last image went to the medium, and how many were there already.
+func (b *Block) Wrote() (written, same int64) {
+	b.blocks.costMu.Lock()
+	defer b.blocks.costMu.Unlock()
+	return b.blocks.written, b.blocks.same
 }
 
 func (b *blockCells) check(ctx context.Context, slot SlotName, img verify.Image) error {

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/klauspost/compress/zstd"
+	"golang.org/x/sys/unix"
 
 	"meshupd/install"
 	"meshupd/verify"
@@ -33,7 +34,8 @@ const rateSize = 256 << 20
 //	cpu-s, dd-cpu-s                   user and system time
 //	allocs/MiB    of content
 //
-// Where the medium is faster than this machine can hash (sha256-MiB/s), that is what bounds the rate.
+// Where the medium is faster than this machine can hash (sha256-MiB/s), that is what bounds the rate. "flash" is memory behind
+// the kernel's throttle, at the rates of a good eMMC: there dd is bounded by the medium, as on a device.
 func BenchmarkBlockWrite(b *testing.B) {
 	data := noise(7, rateSize)
 	start := time.Now()
@@ -46,9 +48,13 @@ func BenchmarkBlockWrite(b *testing.B) {
 		{"file", func(b *testing.B) string { return sparse(b, b.TempDir()) }},
 		{"partition", func(b *testing.B) string { return loopOver(b, sparse(b, b.TempDir())) }},
 		{"ram", func(b *testing.B) string { return loopOver(b, sparse(b, ramDir(b))) }},
+		{"flash", func(b *testing.B) string { return loopOver(b, sparse(b, ramDir(b))) }},
 	} {
 		b.Run(on.name, func(b *testing.B) {
 			r := newRate(b, on.slot(b))
+			if on.name == "flash" {
+				r.limit = throttle(b, r.slot)
+			}
 			for _, coding := range []string{"raw", "zstd"} {
 				for _, old := range []string{"fresh", "changed-5%", "identical"} {
 					b.Run(coding+"/"+old, func(b *testing.B) {
@@ -72,8 +78,9 @@ func sparse(b *testing.B, dir string) string {
 
 // rate is a machine whose slot b is written again and again.
 type rate struct {
-	slot string
-	fw   *firmware
+	slot  string
+	limit func(on bool) // nil: none
+	fw    *firmware
 
 	content []byte
 	old     map[string][]byte // what the slot holds before
@@ -139,10 +146,16 @@ func (r *rate) run(b *testing.B, packed bool, old string) {
 		var m, d measured
 		for k := range 2 {
 			r.lay(b, old)
+			if r.limit != nil {
+				r.limit(true)
+			}
 			if (i+k)%2 == 0 {
 				d = r.dd(b)
 			} else {
 				m = r.write(b, rel, image)
+			}
+			if r.limit != nil {
+				r.limit(false)
 			}
 		}
 		ours, dds, ratios = append(ours, m), append(dds, d), append(ratios, d.took.Seconds()/m.took.Seconds())
@@ -213,4 +226,40 @@ func cpuTime() time.Duration {
 		panic(fmt.Sprint("getrusage: ", err))
 	}
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+// The rates of flash: bytes per second.
+const (
+	flashWrite = 160 << 20
+	flashRead  = 320 << 20
+)
+
+// throttle limits what this process and its children do on a device, by the blkio controller of cgroup v1: it counts a write where it is
+// submitted, which for dd and meshupd is their own sync.
+func throttle(b *testing.B, dev string) func(on bool) {
+	const all = "/sys/fs/cgroup/blkio"
+	group, err := os.MkdirTemp(all, "meshupd-bench-")
+	if err != nil {
+		b.Skipf("no blkio controller (%v); nothing was measured on a medium of a known rate", err)
+	}
+	join := func(group string) {
+		must(b, "join a control group", os.WriteFile(filepath.Join(group, "cgroup.procs"), fmt.Append(nil, os.Getpid()), 0))
+	}
+	b.Cleanup(func() {
+		join(all)
+		must(b, "remove a control group", os.Remove(group))
+	})
+	var st syscall.Stat_t
+	must(b, "look at a device", syscall.Stat(dev, &st))
+	for file, rate := range map[string]int{"write_bps_device": flashWrite, "read_bps_device": flashRead} {
+		limit := fmt.Appendf(nil, "%d:%d %d", unix.Major(st.Rdev), unix.Minor(st.Rdev), rate)
+		must(b, "limit a device", os.WriteFile(filepath.Join(group, "blkio.throttle."+file), limit, 0))
+	}
+	return func(on bool) {
+		if on {
+			join(group)
+		} else {
+			join(all)
+		}
+	}
 }

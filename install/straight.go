@@ -111,11 +111,11 @@ func (b *Block) Adopt(ctx context.Context, rel *verify.Release, images []verify.
 	b.mu.Lock()
 	idle := b.idle
 	b.mu.Unlock()
-	if idle != nil && idle.slot == slot && b.blocks.cfg.Wrote != nil {
+	if idle != nil && idle.slot == slot {
 		idle.counting.Lock()
 		written := idle.written
 		idle.counting.Unlock()
-		b.blocks.cfg.Wrote(slot, written, max(0, img.Content.Size-written))
+		b.blocks.tell(slot, written, max(0, img.Content.Size-written))
 	}
 	return b.records.saveRecord(slot, Content{Release: rel.ID(), Version: rel.Manifest().Version, Whole: true})
 }

@@ -42,6 +42,7 @@ type EventKind string
 // The kinds of event.
 const (
 	EventImported   EventKind = "imported"
+	EventWritten    EventKind = "written" // the idle slot holds it
 	EventConfirmed  EventKind = "confirmed"
 	EventRolledBack EventKind = "rolled-back"
 	EventBlocked    EventKind = "blocked"

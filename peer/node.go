@@ -39,6 +39,8 @@ type Config struct {
 	Takes []verify.Kind // kinds of images that Slots can hold; nil: any
 	// Straight, if not nil, are the same slots: a raw image lands in the idle one as it comes, with no copy in the store.
 	Straight Straight
+	// Wrote, if not nil, says how many bytes the last write of a slot cost, and how many were there already; for the history.
+	Wrote func() (written, same int64)
 	// Starter, if not nil, is run once before the first look at the slots: what
 	// a bootloader does at power-on where there is none.
 	Starter func(ctx context.Context) error

@@ -3,7 +3,11 @@ package peer
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
+	"time"
+
+	"github.com/dustin/go-humanize"
 
 	"meshupd/install"
 	"meshupd/swarm"
@@ -78,8 +82,20 @@ func (p places) Serve(name string, img verify.Image) (swarm.Place, error) {
 	return f, nil
 }
 
-// writeSlot is StepWrite: the images are copied, or they are in the slot already.
+// writeSlot is StepWrite. What it cost goes to the history: flash wears by writing.
 func (n *Node) writeSlot(ctx context.Context, v view) error {
+	began := time.Now()
+	if err := n.fillSlot(ctx, v); err != nil || n.cfg.Wrote == nil {
+		return err
+	}
+	written, same := n.cfg.Wrote()
+	n.record(Event{Kind: EventWritten, From: v.slots.Slots[v.slots.Booted].Version, To: versionOf(v.target), Took: time.Since(began),
+		Detail: fmt.Sprintf("wrote %s, %s were there", humanize.IBytes(uint64(max(0, written))), humanize.IBytes(uint64(max(0, same))))})
+	return nil
+}
+
+// fillSlot copies the images to the idle slot, or makes it their holder where they are in it already.
+func (n *Node) fillSlot(ctx context.Context, v view) error {
 	progressed := func(done, total int64) { n.setWriting(progress{done, total}) }
 	idle := string(v.slots.Default.Other())
 	if n.cfg.Straight != nil && len(v.images) == 1 && n.store.Placed(v.images[0].SHA256) == idle {

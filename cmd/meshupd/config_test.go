@@ -61,6 +61,7 @@ func TestConfigErrorsHavePlaceAndPicture(t *testing.T) {
 		{"port", "[mesh]\nport = 70000\n", "a.toml:8:1: mesh.port is not a port: 0 to 65535", ""},
 		{"seed", "[mesh]\nseeds = [\"nope\"]\n", `a.toml:8:1: mesh.seeds has "nope", which is not host:port`, ""},
 		{"pattern", "[mesh]\ninterfaces = [\"eth[\"]\n", "a.toml:8:1: mesh.interfaces has a pattern", ""},
+		{"straight", "[store]\nstraight = true\n", `a.toml:8:1: store.straight needs slots.kind = "block"`, ""},
 		{"policy", "[policy]\nauto = \"sometimes\"\n", "a.toml:8:1: policy.auto is not", ""},
 		{"broken", "[policy\n", "a.toml:7:8: expected ']'", ""},
 	} {

@@ -19,6 +19,8 @@ type installer interface {
 	Check(ctx context.Context, slot install.SlotName, version string) error
 	// straight is how pieces land in the idle slot, or nil where this process may not write slots.
 	straight() peer.Straight
+	// wrote says what the last write of a slot cost; nil: nobody counts.
+	wrote() func() (written, same int64)
 }
 
 // localInstaller does it in this process.
@@ -30,6 +32,13 @@ type localInstaller struct {
 func (l localInstaller) straight() peer.Straight {
 	s, _ := l.startedSlots.(peer.Straight)
 	return s
+}
+
+func (l localInstaller) wrote() func() (written, same int64) {
+	if block, ok := l.startedSlots.(*install.Block); ok {
+		return block.Wrote
+	}
+	return nil
 }
 
 func (l localInstaller) Check(ctx context.Context, slot install.SlotName, version string) error {

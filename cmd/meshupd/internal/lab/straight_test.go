@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -196,6 +197,11 @@ func TestStraightToTheSlot(t *testing.T) {
 	}
 	if log := close.Log(); !strings.Contains(log, "pieces are in the slot already") {
 		t.Error("what the older image has in common was not found")
+	}
+	if h, err := close.API.History(ctx, "close", 10); err != nil || !slices.ContainsFunc(h.Events, func(e control.Event) bool {
+		return e.Result == "written" && e.Why == "wrote 80 KiB, 24 MiB were there"
+	}) {
+		t.Errorf("the history does not say what was written: %+v, %v", h, err)
 	}
 	late.start()
 	late.reboot(ctx)
