@@ -385,3 +385,35 @@ func TestBlockOnLoopDevices(t *testing.T) {
 	}
 	must(t, "write over the file system", v.write(t.Context(), dev))
 }
+
+// A whole disk is in use when one of its partitions is, and so is a partition that something else was built on.
+func TestBlockRefusesADiskWithAMountedPartition(t *testing.T) {
+	disk, other := loopDevice(t, 16<<20), loopDevice(t, 16<<20)
+	part := exec.Command("sfdisk", "--quiet", disk)
+	part.Stdin = strings.NewReader(",,L\n")
+	if out, err := part.CombinedOutput(); err != nil {
+		install.CannotRun(t, "sfdisk does not run (%v: %s); the test with a mounted partition did not run", err, bytes.TrimSpace(out))
+	}
+	if out, err := exec.Command("partx", "--add", disk).CombinedOutput(); err != nil {
+		t.Logf("partx: %v: %s", err, bytes.TrimSpace(out)) // the kernel may have found it by itself
+	}
+	p1 := disk + "p1"
+	if _, err := os.Stat(p1); err != nil {
+		install.CannotRun(t, "loop devices have no partitions here; the test with a mounted partition did not run")
+	}
+	t.Cleanup(func() { _ = exec.Command("partx", "--delete", disk).Run() })
+	if out, err := exec.Command("mkfs.ext4", "-q", "-F", p1).CombinedOutput(); err != nil {
+		install.CannotRun(t, "mkfs.ext4 does not run (%v: %s); the test with a mounted partition did not run", err, out)
+	}
+	at := t.TempDir()
+	if err := syscall.Mount(p1, at, "ext4", syscall.MS_RDONLY, ""); err != nil {
+		install.CannotRun(t, "mount: %v; the test with a mounted partition did not run", err)
+	}
+	v := newBench(t, grubFirmware(t), other, disk, noise(16, 1<<20))
+	dev := v.open(t, install.BlockTest{})
+	err := v.write(t.Context(), dev)
+	_, idleErr := dev.OpenIdle(t.Context(), v.rel.Manifest().Images[0])
+	must(t, "unmount", syscall.Unmount(at, 0))
+	wantCode(t, "write to a disk whose partition is mounted", err, verify.CodeSlot)
+	wantCode(t, "open it for pieces", idleErr, verify.CodeSlot)
+}
