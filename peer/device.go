@@ -50,7 +50,9 @@ func (n *Node) live(ctx context.Context) error {
 					n.fetch(v)
 				}
 				n.relay(v)
-				pause = 0
+				if !n.troubled() { // a slot that fails again and again is fetched to in between
+					pause = 0
+				}
 				n.wait(ctx, n.idleFor(v))
 				n.pauseFor(ctx, roundsApart-time.Since(looked))
 				continue
@@ -455,6 +457,12 @@ func (n *Node) setWriting(p progress) {
 	n.mu.Lock()
 	n.writing = p
 	n.mu.Unlock()
+}
+
+func (n *Node) troubled() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.trouble != nil
 }
 
 func (n *Node) setTrouble(err error) {
