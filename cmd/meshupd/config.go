@@ -74,14 +74,6 @@ type SlotsConfig struct {
 	Container ContainerConfig `toml:"container"`
 }
 
-// HealthConfig says when a trial counts as healthy.
-type HealthConfig struct {
-	Command  []string `toml:"command" comment:"exit 0 means healthy; empty: a version that starts is taken for healthy"`
-	Deadline Duration `toml:"deadline" comment:"a trial that is not healthy by then is rolled back"`
-	Interval Duration `toml:"interval" comment:"time between two checks"`
-	Timeout  Duration `toml:"timeout" comment:"how long one check may take"`
-}
-
 // StoreConfig bounds the store of images.
 type StoreConfig struct {
 	Reserve  Size `toml:"reserve" comment:"what stays free on its disk"`
@@ -118,7 +110,7 @@ func defaultConfig() Config {
 			Delegate: DelegateConfig{Command: []string{}, Timeout: Duration(time.Hour)},
 			Container: ContainerConfig{Engine: "podman", Command: []string{}, Namespace: "meshupd", Stop: Duration(10 * time.Second),
 				Settle: Duration(5 * time.Second), Services: map[string]ServiceConfig{}}},
-		Health: HealthConfig{Command: []string{}, Deadline: Duration(2 * time.Minute), Interval: Duration(2 * time.Second), Timeout: Duration(30 * time.Second)},
+		Health: defaultHealth(),
 		Store:  StoreConfig{Reserve: 64 << 20},
 		Policy: PolicyConfig{Auto: "install"},
 		Log:    LogConfig{Level: "info", Format: "text"},
@@ -192,20 +184,6 @@ func (c *Config) checkMesh() error {
 		return &fieldError{"mesh.port", "is not a port: 0 to 65535"}
 	case c.Mesh.MaxPeers < 1 || c.Mesh.MaxPeers > 1024:
 		return &fieldError{"mesh.max_peers", "is not 1 to 1024"}
-	}
-	return nil
-}
-
-func (c *Config) checkHealth() error {
-	switch {
-	case len(c.Health.Command) > 0 && c.Health.Command[0] == "":
-		return &fieldError{"health.command", "names no command"}
-	case c.Health.Deadline < leastDuration:
-		return &fieldError{"health.deadline", tooShort}
-	case c.Health.Interval < leastDuration:
-		return &fieldError{"health.interval", tooShort}
-	case c.Health.Timeout < leastDuration:
-		return &fieldError{"health.timeout", tooShort}
 	}
 	return nil
 }

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"log/slog"
-	"time"
 
 	"meshupd/install"
 	"meshupd/peer"
@@ -57,9 +56,4 @@ func openInstaller(ctx context.Context, cfg Config, log *slog.Logger) (installer
 		return nil, err
 	}
 	return localInstaller{slots, cfg.Health.health()}, nil
-}
-
-func (h HealthConfig) health() install.Health {
-	return install.Health{Command: h.Command, Deadline: time.Duration(h.Deadline),
-		Interval: time.Duration(h.Interval), Timeout: time.Duration(h.Timeout)}
 }
