@@ -41,6 +41,7 @@ type ContainersConfig struct {
 
 	// step runs each durable step and each change in the engine by its name; a test makes them fail or cuts the power there.
 	step    func(name string, do func() error) error
+	again   time.Duration // see services
 	systemd func(ctx context.Context, verb, unit string) error
 }
 
@@ -56,6 +57,7 @@ func (c ContainersConfig) withDefaults() (ContainersConfig, error) {
 	if c.step == nil {
 		c.step = func(_ string, do func() error) error { return do() }
 	}
+	c.again = orElse(c.again, 2*time.Second)
 	if c.systemd == nil {
 		c.systemd = systemctl(c.Timeout)
 	}
@@ -117,7 +119,7 @@ func OpenContainers(ctx context.Context, cfg ContainersConfig) (*Containers, err
 	keep := &containerCells{folder: &folder{cfg: FilesConfig{Dir: cfg.Dir, Layout: LayoutFolder, FactoryVersion: cfg.FactoryVersion,
 		step: cfg.step, free: freeBytes}}, engine: eng, defined: cfg.Services}
 	c := &Containers{cfg: cfg, keep: keep,
-		services: &services{engine: eng, defined: cfg.Services, systemd: cfg.systemd, timeout: cfg.Timeout}}
+		services: &services{engine: eng, defined: cfg.Services, systemd: cfg.systemd, timeout: cfg.Timeout, again: cfg.again}}
 	power := &pointer{
 		keep: keep, bootID: cfg.BootID, run: c.run,
 		whole: func(slot SlotName) error { return whole(keep, slot) },

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -336,17 +337,21 @@ func TestEnginesConform(t *testing.T) {
 	realEngines(t, func(t *testing.T, e ocitest.Engine, engine install.Engine) {
 		program := ocitest.Server(t)
 		archives := &archiveBook{known: make(map[verify.Digest]verify.Digest)}
-		stories := 0
+		var stories atomic.Int32
 		slotstest.Run(t, func(t *testing.T) slotstest.Harness {
-			stories++
+			story := stories.Add(1)
 			cfg := install.ContainersConfig{Dir: t.TempDir(), FactoryVersion: "1.0.0", Stop: 2 * time.Second}
-			cfg.Services = map[string]install.Service{"image0.img": {}, "image1.img": {}}
+			host := install.Service{Args: []string{"--network=host"}}
+			if e.Kind == "containerd" {
+				host.Args = []string{"--net-host"}
+			}
+			cfg.Services = map[string]install.Service{"image0.img": host, "image1.img": host}
 			e := e
 			if e.Kind == "podman" {
 				e = ocitest.Podman(t)
 				cfg.Engine = install.Podman{Command: e.Command}
 			} else {
-				space := "story" + strconv.Itoa(stories)
+				space := "story" + strconv.Itoa(int(story))
 				e.Command = []string{"ctr", "--address", e.Address, "--namespace", space}
 				cfg.Engine = install.Containerd{Address: e.Address, Namespace: space}
 				t.Cleanup(func() {

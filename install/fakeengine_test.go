@@ -11,6 +11,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"time"
 
 	"meshupd/verify"
 )
@@ -18,6 +19,9 @@ import (
 // ContainersWith puts faults and a simulated systemd into Containers.
 func ContainersWith(cfg ContainersConfig, step func(name string, do func() error) error, systemd func(ctx context.Context, verb, unit string) error) ContainersConfig {
 	cfg.step, cfg.systemd = step, systemd
+	if _, fake := cfg.Engine.(*FakeEngine); fake {
+		cfg.again = time.Nanosecond // it never errs
+	}
 	return cfg
 }
 

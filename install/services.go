@@ -66,6 +66,7 @@ type services struct {
 	defined map[string]Service
 	systemd func(ctx context.Context, verb, unit string) error
 	timeout time.Duration // of a switch command
+	again   time.Duration // for how long what is missing is looked for
 }
 
 // want says what container a service of a slot is.
@@ -250,8 +251,21 @@ func (s *services) stop(ctx context.Context, there map[string]container, name st
 	return nil
 }
 
-// missing refuses with E-BOOT when the engine lacks an image of the slot, or has another under its reference.
+// missing refuses with E-BOOT when the engine lacks an image of the slot, or has another under its reference. It looks more
+// than once: a busy containerd was seen to call an image incomplete that it had just called complete.
 func (s *services) missing(ctx context.Context, slot SlotName, pins map[string]pin) error {
+	var lacks error
+	_, err := until(ctx, s.again, s.again/4, func() (bool, error) {
+		lacks = s.lacks(ctx, slot, pins)
+		return lacks == nil, ctx.Err()
+	})
+	if err != nil {
+		return err
+	}
+	return lacks
+}
+
+func (s *services) lacks(ctx context.Context, slot SlotName, pins map[string]pin) error {
 	have, err := s.engine.images(ctx)
 	if err != nil {
 		return err
