@@ -21,7 +21,9 @@ const roundsApart = 50 * time.Millisecond
 type view struct {
 	facts   Facts
 	target  *verify.Release
-	why     error // why the target is unfit, or does not fit in the space left
+	held    string        // why the restart is held, when it is
+	again   time.Duration // when to look at that again
+	why     error         // why the target is unfit, or does not fit in the space left
 	slots   install.State
 	images  []verify.Image // of the target, for this device
 	have    int64          // bytes of images held
@@ -78,6 +80,9 @@ func (n *Node) live(ctx context.Context) error {
 
 // idleFor says when to look again though nothing was heard: free space comes without a message.
 func (n *Node) idleFor(v view) time.Duration {
+	if v.facts.Hold != HoldNone && v.again > 0 {
+		return min(v.again, time.Minute)
+	}
 	if v.facts.SpaceShort {
 		return 5 * time.Second
 	}
@@ -127,6 +132,9 @@ func (n *Node) observe(ctx context.Context) (view, error) {
 		v.facts.Idle = idleHolds(slots, v.target)
 		n.observeImages(&v)
 	}
+	if n.cfg.Hold != nil && (v.facts.Boot == BootArmed || v.facts.Boot == BootSettled && v.facts.Idle && v.facts.Target == TargetNew) && !n.isUrged() {
+		v.facts.Hold, v.held, v.again = n.cfg.Hold()
+	}
 	n.swarm.SetMembers(n.members())
 	n.stopLost()
 	n.seed(known)
@@ -152,7 +160,7 @@ func (n *Node) observe(ctx context.Context) (view, error) {
 	if versionOf(v.target) != versionOf(n.view.target) || v.started.IsZero() {
 		v.started = time.Now()
 	}
-	if before := n.view; v.facts != before.facts || v.state != before.state || v.have != before.have ||
+	if before := n.view; v.facts != before.facts || v.held != before.held || v.state != before.state || v.have != before.have ||
 		versionOf(v.target) != versionOf(before.target) || v.slots.Slots[v.slots.Booted] != before.slots.Slots[before.slots.Booted] {
 		n.touchLocked() // who watches must hear of what this round found, not of the wake that led to it
 	}
@@ -319,6 +327,7 @@ func (n *Node) openImage(img verify.Image) (io.ReadCloser, error) { return n.sto
 // fails, the trial failed: the slot was entered and does not run.
 func (n *Node) restart(ctx context.Context) error {
 	n.setHealth(HealthUnknown)
+	n.urge(false)
 	err := n.cfg.Slots.Restart(ctx)
 	if err == nil || ctx.Err() != nil {
 		return err
@@ -439,12 +448,27 @@ func (n *Node) Rollback(ctx context.Context, by string) error {
 	if err := n.failures.Forgive(other.Release); err != nil {
 		return fmt.Errorf("allow the previous release again: %w", err)
 	}
+	n.urge(true)
 	if err := n.cfg.Slots.Try(ctx, s.Default.Other()); err != nil {
+		n.urge(false)
 		return err
 	}
 	n.record(Event{Kind: EventRolledBack, From: now.Version, To: other.Version, By: by, Code: verify.CodeFailedHere, Detail: "asked for by " + by})
 	n.poke()
 	return nil
+}
+
+// urge notes that a person asked for the next restart, which no policy holds then.
+func (n *Node) urge(yes bool) {
+	n.mu.Lock()
+	n.urged = yes
+	n.mu.Unlock()
+}
+
+func (n *Node) isUrged() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.urged
 }
 
 func (n *Node) setHealth(h HealthFact) {

@@ -96,6 +96,17 @@ const (
 	PolicyInstall               // goes all the way
 )
 
+// HoldFact says how far the restart policy of the device holds the new version back. A running trial is not held, and
+// neither is the way back.
+type HoldFact int
+
+// The holds.
+const (
+	HoldNone    HoldFact = iota
+	HoldRestart          // may be armed; the restart is the device's own
+	HoldAll              // neither armed nor restarted now
+)
+
 // Facts are all that next looks at. They are observed anew in every round.
 type Facts struct {
 	Policy     Policy
@@ -105,7 +116,8 @@ type Facts struct {
 	Idle       bool // the idle slot holds the target, whole
 	Boot       BootFact
 	Health     HealthFact // of the trial, when Boot is BootTrial
-	Unrecorded bool       // a trial failed and is not yet in the failures
+	Hold       HoldFact
+	Unrecorded bool // a trial failed and is not yet in the failures
 }
 
 // Step is one thing to do.
@@ -145,12 +157,14 @@ func next(f Facts) Step {
 		}
 	case f.Unrecorded:
 		return StepRecord
+	case f.Boot == BootArmed && f.Hold != HoldNone:
+		return StepWait
 	case f.Boot == BootArmed, f.Boot == BootReturned:
 		return StepRestart
 	case f.Target != TargetNew:
 		return StepWait
 	case f.Idle:
-		if f.Policy == PolicyInstall {
+		if f.Policy == PolicyInstall && f.Hold != HoldAll {
 			return StepTry
 		}
 		return StepWait

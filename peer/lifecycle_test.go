@@ -11,8 +11,8 @@ func everyFact(f func(Facts)) {
 			for image := ImageMissing; image <= ImageWhole; image++ {
 				for boot := BootSettled; boot <= BootReturned; boot++ {
 					for health := HealthUnknown; health <= HealthBad; health++ {
-						for bits := range 8 {
-							f(Facts{Policy: policy, Target: target, Image: image, Boot: boot, Health: health,
+						for bits := range 24 {
+							f(Facts{Policy: policy, Target: target, Image: image, Boot: boot, Health: health, Hold: HoldFact(bits >> 3),
 								SpaceShort: bits&1 != 0, Idle: bits&2 != 0, Unrecorded: bits&4 != 0})
 						}
 					}
@@ -32,7 +32,7 @@ func TestNextNeverTouchesTheUnverified(t *testing.T) {
 				t.Errorf("writes with %+v", f)
 			}
 		case StepTry:
-			if !f.Idle || f.Target != TargetNew || f.Boot != BootSettled || f.Policy != PolicyInstall {
+			if !f.Idle || f.Target != TargetNew || f.Boot != BootSettled || f.Policy != PolicyInstall || f.Hold == HoldAll {
 				t.Errorf("tries with %+v", f)
 			}
 		case StepConfirm:
@@ -48,6 +48,9 @@ func TestNextNeverTouchesTheUnverified(t *testing.T) {
 				t.Errorf("falls back with %+v", f)
 			}
 		case StepRestart:
+			if f.Boot == BootArmed && f.Hold != HoldNone {
+				t.Errorf("restarts while it is held: %+v", f)
+			}
 			if f.Unrecorded {
 				t.Errorf("restarts before the failure is recorded: %+v", f)
 			}
@@ -114,7 +117,7 @@ func TestNoStateSticks(t *testing.T) {
 			if w.tried > 1 {
 				t.Errorf("%+v healthy=%v tries the same image %d times:%s", f, healthy, w.tried, trail)
 			}
-			free := f.Policy == PolicyInstall && f.Target == TargetNew && (!f.SpaceShort || f.Image == ImageWhole || f.Idle)
+			free := f.Policy == PolicyInstall && f.Target == TargetNew && f.Hold == HoldNone && (!f.SpaceShort || f.Image == ImageWhole || f.Idle)
 			if !free || f.Boot != BootSettled || f.Unrecorded {
 				continue
 			}

@@ -47,6 +47,8 @@ type Config struct {
 	// Health proves the running slot healthy or says why not. nil: healthy by having started.
 	Health func(ctx context.Context, slot install.SlotName, version string) error
 	Policy Policy
+	// Hold, if not nil, says whether the new version may be armed and started now, and if not, why and when to ask again.
+	Hold func() (hold HoldFact, why string, again time.Duration)
 
 	SiteKey            []byte
 	Listen             []netip.AddrPort
@@ -84,6 +86,7 @@ type Node struct {
 	view      view                   // what the last round observed
 	trouble   *Reason
 	health    HealthFact
+	urged     bool // a person asked for the next restart
 	writing   progress
 	heard     map[string]DeviceState // last state each other device was heard in, for the history
 	importing map[*Import]bool       // imports that have images in the store and are not committed yet

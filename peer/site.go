@@ -95,7 +95,9 @@ func (n *Node) status() DeviceStatus {
 		st.Target = v.target.Manifest().Version
 	}
 	st.Reason = n.reasonLocked(v, transfers)
-	if st.Reason != nil && (v.state == StateFetching || v.state == StateFetched || v.state == StateInstalled || v.state == StateWaiting) {
+	if st.Reason == nil && v.held != "" {
+		st.Reason = &Reason{Code: verify.CodeHeld, Detail: v.held}
+	} else if st.Reason != nil && (v.state == StateFetching || v.state == StateFetched || v.state == StateInstalled || v.state == StateWaiting) {
 		st.State = string(StateBlocked)
 	}
 	for _, t := range transfers {

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -33,6 +34,7 @@ type resident struct {
 	dir    string
 	at     netip.AddrPort
 	slots  *install.Memory
+	hold   func() (HoldFact, string, time.Duration)
 	hints  chan discovery.Hint
 	cancel context.CancelFunc
 	ended  chan error
@@ -68,7 +70,7 @@ func (r *resident) start() {
 	r.town.t.Helper()
 	r.hints = make(chan discovery.Hint, 64)
 	node, err := New(Config{Name: r.at.String(), Product: "kiosk-a", Hardware: "x", StateDir: r.dir, Anchor: r.town.vendor.Anchor(),
-		Slots: r.slots, Policy: PolicyInstall, Listen: []netip.AddrPort{r.at}, LAN: r.town.lan.at(r.at.Addr()),
+		Slots: r.slots, Hold: r.hold, Policy: PolicyInstall, Listen: []netip.AddrPort{r.at}, LAN: r.town.lan.at(r.at.Addr()),
 		Finders: func(discovery.Advert) []Finder { return []Finder{fakeFinder{r.hints}} }, Log: testLog(r.at.String())})
 	if err != nil {
 		r.town.t.Fatal(err)
@@ -437,5 +439,37 @@ func TestAlarmIsShownInTheSite(t *testing.T) {
 		if len(alarms) != 1 || alarms[0].Kept != idOf(t, one) || alarms[0].Other != idOf(t, two) {
 			t.Errorf("alarms %+v", alarms)
 		}
+	})
+}
+
+// A restart that is held waits, says why, and comes when it is let go; what a person asks for is not held.
+func TestRestartIsHeld(t *testing.T) {
+	inTown(t, 1, "1.0.0", func(w *town, d []*resident) {
+		var held atomic.Bool
+		held.Store(true)
+		d[0].stop()
+		d[0].hold = func() (HoldFact, string, time.Duration) {
+			if held.Load() {
+				return HoldAll, "inhibited by pos-app: sale in progress", 10 * time.Second
+			}
+			return HoldNone, "", 0
+		}
+		d[0].start()
+		d[0].takes(w.vendor.Bundle(t, verifytest.Opts{Version: "1.1.0"}))
+		d[0].until("waits, installed", func() bool {
+			st := d[0].Site().Devices[0].Status
+			return st.State == string(StateInstalled) && st.Reason != nil && st.Reason.Code == verify.CodeHeld && st.Reason.Detail == "inhibited by pos-app: sale in progress"
+		})
+		time.Sleep(time.Hour) // of fake time
+		if st, err := d[0].slots.State(t.Context()); err != nil || st.Phase != install.PhaseSettled || st.Booted != install.SlotA {
+			t.Fatalf("armed while held: %+v, %v", st, err)
+		}
+		held.Store(false)
+		d[0].runs("1.1.0")
+		held.Store(true)
+		if err := d[0].Rollback(t.Context(), "test"); err != nil {
+			t.Fatal(err)
+		}
+		d[0].until("is back, though restarts are held", func() bool { return d[0].Site().Devices[0].Status.Version == "1.0.0" })
 	})
 }

@@ -40,6 +40,7 @@ const (
 	CodeInstaller  Code = "E-INSTALLER"   // the installer or engine that slots.kind names refused the image
 	CodeBoot       Code = "E-BOOT"        // the boot state cannot be read or changed
 	CodeRestart    Code = "E-RESTART"     // the restart command failed
+	CodeHeld       Code = "E-HELD"        // the restart into the new version has to wait
 	CodeSpace      Code = "E-SPACE"       // not enough free space
 	CodeIO         Code = "E-IO"          // the disk or stick failed
 	CodeAdmission  Code = "E-ADMISSION"   // a neighbour did not prove membership

@@ -148,6 +148,10 @@ var codeTexts = map[verify.Code]codeText{
 		"The restart command failed.",
 		"run the `[slots] restart` command of the config by hand and correct it.", exitFailed, "check its restart command",
 	},
+	verify.CodeHeld: {
+		"The restart into the new version has to wait: the policy of the device or something on it holds it back.",
+		"nothing is wrong; it goes on by itself when what it names is over.", exitFailed, "goes on by itself",
+	},
 	verify.CodeSpace: {
 		"There is not enough free space.",
 		"free that much space, then do it again; nothing was begun.", exitNoSpace, "free space, it then goes on",

@@ -87,11 +87,6 @@ type LimitsConfig struct {
 	Download Rate `toml:"download" comment:"from neighbours; \"0\": no limit"`
 }
 
-// PolicyConfig says how far this device goes by itself.
-type PolicyConfig struct {
-	Auto string `toml:"auto" comment:"\"off\", \"check\", \"fetch\" or \"install\""`
-}
-
 // LogConfig says what is logged.
 type LogConfig struct {
 	Level  string `toml:"level" comment:"\"debug\", \"info\", \"warn\" or \"error\""`
@@ -112,7 +107,7 @@ func defaultConfig() Config {
 				Settle: Duration(5 * time.Second), Services: map[string]ServiceConfig{}}},
 		Health: defaultHealth(),
 		Store:  StoreConfig{Reserve: 64 << 20},
-		Policy: PolicyConfig{Auto: "install"},
+		Policy: PolicyConfig{Auto: "install", Restart: "auto", Window: []string{}, InhibitDir: "/run/meshupd/inhibit.d"},
 		Log:    LogConfig{Level: "info", Format: "text"},
 	}
 }
@@ -132,7 +127,7 @@ var namePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,63}$`)
 
 // Validate checks what types cannot say. The error is a *fieldError for the first value that cannot be used.
 func (c *Config) Validate() error {
-	for _, check := range []func() error{c.checkDevice, c.checkMesh, c.checkSlots, c.checkHealth, c.checkRest} {
+	for _, check := range []func() error{c.checkDevice, c.checkMesh, c.checkSlots, c.checkHealth, c.checkPolicy, c.checkRest} {
 		if err := check(); err != nil {
 			return err
 		}
@@ -191,11 +186,6 @@ func (c *Config) checkMesh() error {
 func (c *Config) checkRest() error {
 	if c.Store.Straight && c.Slots.Kind != "block" {
 		return &fieldError{"store.straight", `needs slots.kind = "block"`}
-	}
-	switch c.Policy.Auto {
-	case "off", "check", "fetch", "install":
-	default:
-		return &fieldError{"policy.auto", `is not "off", "check", "fetch" or "install"`}
 	}
 	switch c.Log.Level {
 	case "debug", "info", "warn", "error":

@@ -1,0 +1,145 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+	"unicode"
+
+	"golang.org/x/sys/unix"
+
+	"meshupd/peer"
+)
+
+// PolicyConfig says how far this device goes by itself, and when.
+type PolicyConfig struct {
+	Auto       string   `toml:"auto" comment:"\"off\", \"check\", \"fetch\" or \"install\""`
+	Restart    string   `toml:"restart" comment:"into a new version: \"auto\": at once; \"window\": in policy.window; \"never\": left to the device"`
+	Window     []string `toml:"window" comment:"\"02:00-05:00\", local time; several are allowed, and over midnight"`
+	InhibitDir string   `toml:"inhibit_dir" comment:"any file in it holds the restart, and its first line says why; empty: nothing does"`
+}
+
+// holdAgain is when to look again at what can end without a message.
+const holdAgain = 10 * time.Second
+
+func (c *Config) checkPolicy() error {
+	switch c.Policy.Auto {
+	case "off", "check", "fetch", "install":
+	default:
+		return &fieldError{"policy.auto", `is not "off", "check", "fetch" or "install"`}
+	}
+	for _, text := range c.Policy.Window {
+		if _, err := parseWindow(text); err != nil {
+			return &fieldError{"policy.window", fmt.Sprintf("has %q, which is not like \"02:00-05:00\"", text)}
+		}
+	}
+	switch c.Policy.Restart {
+	case "auto", "never":
+	case "window":
+		if len(c.Policy.Window) == 0 {
+			return &fieldError{"policy.window", "is missing"}
+		}
+	default:
+		return &fieldError{"policy.restart", `is not "auto", "window" or "never"`}
+	}
+	return nil
+}
+
+// hold says whether the restart into a new version waits, why, and when to ask again.
+func (p PolicyConfig) hold(now time.Time) (peer.HoldFact, string, time.Duration) {
+	if p.Restart == "never" {
+		return peer.HoldRestart, "waits for a restart of the device", 0
+	}
+	if p.Restart == "window" {
+		wait, text := 24*time.Hour, ""
+		for _, one := range p.Window {
+			w, err := parseWindow(one) // Validate has let it pass
+			if d := w.until(now); err == nil && d <= wait {
+				wait, text = d, one
+			}
+		}
+		if wait > 0 {
+			return peer.HoldAll, "waits for the window " + text, wait
+		}
+	}
+	if why := inhibited(p.InhibitDir); why != "" {
+		return peer.HoldAll, "inhibited by " + why, holdAgain
+	}
+	return peer.HoldNone, "", 0
+}
+
+// window is a part of each day, in minutes from midnight; it may go over midnight.
+type window struct{ from, to int }
+
+func parseWindow(text string) (window, error) {
+	from, to, ok := strings.Cut(text, "-")
+	a, err := time.Parse("15:04", from)
+	b, err2 := time.Parse("15:04", to)
+	if !ok || err != nil || err2 != nil || a.Equal(b) {
+		return window{}, fmt.Errorf("%q is not a window", text)
+	}
+	return window{a.Hour()*60 + a.Minute(), b.Hour()*60 + b.Minute()}, nil
+}
+
+// until is how long it takes to the window's start by the clock on the wall; 0 inside it.
+func (w window) until(now time.Time) time.Duration {
+	minute := now.Hour()*60 + now.Minute()
+	inside := minute >= w.from && minute < w.to
+	if w.from > w.to {
+		inside = minute >= w.from || minute < w.to
+	}
+	if inside {
+		return 0
+	}
+	left := (w.from - minute + 24*60) % (24 * 60)
+	return time.Duration(left)*time.Minute - time.Duration(now.Second())*time.Second
+}
+
+// maxInhibitor bounds what is read of a file that an application wrote.
+const maxInhibitor = 256
+
+// inhibited names the first file that holds restarts, and its first line; "" for none.
+func inhibited(dir string) string {
+	if dir == "" {
+		return ""
+	}
+	entries, err := os.ReadDir(dir) // sorted
+	if err != nil {
+		return ""
+	}
+	for _, e := range entries {
+		if !e.Type().IsRegular() {
+			continue
+		}
+		name := shown(e.Name(), 64)
+		f, err := os.OpenFile(filepath.Join(dir, e.Name()), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+		if err != nil {
+			if os.IsNotExist(err) {
+				continue
+			}
+			return name // it is there, whatever it says
+		}
+		line, _ := io.ReadAll(io.LimitReader(f, maxInhibitor))
+		f.Close()
+		line, _, _ = bytes.Cut(line, []byte("\n"))
+		if text := shown(string(line), maxInhibitor); text != "" {
+			return name + ": " + text
+		}
+		return name
+	}
+	return ""
+}
+
+func shown(s string, most int) string {
+	s = strings.TrimSpace(strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return -1
+		}
+		return r
+	}, s))
+	return string([]rune(s)[:min(most, len([]rune(s)))])
+}
