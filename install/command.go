@@ -19,6 +19,7 @@ type command struct {
 	argv    []string
 	env     []string // in addition to the daemon's
 	timeout time.Duration
+	blame   string    // the first line of standard error with this in it is the reason, not the last line
 	stdin   io.Reader // nil: empty
 	stdout  io.Writer // nil: thrown away
 	stderr  io.Writer // nil: only its last line is kept, for the error
@@ -62,7 +63,7 @@ func (c command) run(ctx context.Context) error {
 	if limited.Err() != nil {
 		err = fmt.Errorf("no end after %s", c.timeout.Round(time.Millisecond))
 	}
-	if line := said.lastLine(); line != "" {
+	if line := said.line(c.blame); line != "" {
 		return fmt.Errorf("%w: %s", err, line)
 	}
 	return err
@@ -82,6 +83,16 @@ func (t *tail) Write(p []byte) (int, error) {
 		t.kept = append(t.kept[:0], t.kept[extra:]...)
 	}
 	return len(p), nil
+}
+
+// line returns the first line with blame in it, or the last line.
+func (t *tail) line(blame string) string {
+	for line := range bytes.Lines(t.kept) {
+		if blame != "" && bytes.Contains(line, []byte(blame)) {
+			return printable(string(line), maxReason)
+		}
+	}
+	return t.lastLine()
 }
 
 // lastLine returns the last line with something in it, fit to be shown on a terminal.

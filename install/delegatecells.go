@@ -68,10 +68,16 @@ func (d *delegateCells) put(ctx context.Context, slot SlotName, img verify.Image
 	if err := d.step("image.fill", func() error { return fill(file) }); err != nil {
 		return mediumError(err, what, img.Content.Size)
 	}
-	if _, err := file.Seek(0, io.SeekStart); err != nil {
+	// From here on nobody can write it any more, this process neither: RAUC insists on that, with a lease.
+	sealed, err := os.Open(fdPath(file))
+	if err != nil {
 		return mediumError(err, what, 0)
 	}
-	p := parcel{content: d.job.content, img: img, file: file, path: fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), file.Fd())}
+	defer sealed.Close()
+	if err := file.Close(); err != nil {
+		return mediumError(err, what, img.Content.Size)
+	}
+	p := parcel{content: d.job.content, img: img, file: sealed, path: fdPath(sealed)}
 	if err := d.courier.deliver(ctx, slot, p, d.job.tell); err != nil {
 		return mediumError(err, "install image "+img.Name+" to slot "+string(slot), 0)
 	}
@@ -86,6 +92,8 @@ func (d *delegateCells) check(ctx context.Context, slot SlotName, img verify.Ima
 	d.job.tell(100)
 	return nil
 }
+
+func fdPath(file *os.File) string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), file.Fd()) }
 
 // spoolFile makes a file without a name: nothing is left of it when this process ends, however it ends.
 func spoolFile(dir string) (*os.File, error) {

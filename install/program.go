@@ -21,13 +21,15 @@ type Program struct {
 	// Commit is run before a trial is confirmed and Rollback after it was given up, and before an installation, in case an
 	// earlier one was left open. Exit 2 means that there was nothing to do, as with mender. Nil: nothing is run.
 	Commit, Rollback []string
+	// Blame marks the line of standard error that says why; empty: the last line does.
+	Blame string
 	// Timeout of one installation; an hour when zero.
 	Timeout time.Duration
 }
 
 // SWUpdate is the Program swupdate. arguments stand before "-i FILE", such as {"-k", "cert.pem", "-e", "stable,{slot}"}.
 func SWUpdate(arguments ...string) Program {
-	return Program{Command: append(append([]string{"swupdate"}, arguments...), "-i", "{file}")}
+	return Program{Command: append(append([]string{"swupdate"}, arguments...), "-i", "{file}"), Blame: "[ERROR]"}
 }
 
 // Mender is the Program mender in its standalone mode.
@@ -58,7 +60,7 @@ func (p *program) deliver(ctx context.Context, slot SlotName, parcel parcel, tel
 		return err
 	}
 	fill := strings.NewReplacer("{file}", parcel.path, "{slot}", p.Names.of(slot))
-	c := command{env: parcel.env(slot), timeout: p.Timeout, stdout: &percents{tell: tell}}
+	c := command{env: parcel.env(slot), timeout: p.Timeout, blame: p.Blame, stdout: &percents{tell: tell}}
 	for _, arg := range p.Command {
 		c.argv = append(c.argv, fill.Replace(arg))
 	}
