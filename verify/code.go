@@ -48,6 +48,7 @@ const (
 	CodeTimeout    Code = "E-TIMEOUT"     // time ran out
 	CodeNotFound   Code = "E-NOT-FOUND"   // no such device, release or file
 	CodeDaemon     Code = "E-DAEMON"      // the daemon does not answer
+	CodeApply      Code = "E-APPLY"       // the process that writes the slots does not answer
 	CodePermission Code = "E-PERMISSION"  // not allowed
 	CodeConfig     Code = "E-CONFIG"      // the configuration cannot be used
 	CodeUsage      Code = "E-USAGE"       // the command line cannot be used

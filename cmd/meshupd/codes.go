@@ -180,6 +180,10 @@ var codeTexts = map[verify.Code]codeText{
 		"The daemon does not answer.",
 		"start it with `systemctl start meshupd` (or `meshupd daemon`), or name its socket with --socket.", exitNoDaemon, "",
 	},
+	verify.CodeApply: {
+		"The process that writes the slots does not answer.",
+		"look at `systemctl status meshupd-apply.socket meshupd-apply` and at `apply.socket` in the config.", exitFailed, "check meshupd-apply, it then goes on",
+	},
 	verify.CodePermission: {
 		"You are not allowed to do this.",
 		"do it as root, or once: `sudo usermod -aG meshupd $USER`, then log in again.", exitNotAllowed, "",

@@ -35,6 +35,7 @@ type Config struct {
 
 	Mesh   MeshConfig   `toml:"mesh"`
 	Slots  SlotsConfig  `toml:"slots"`
+	Apply  ApplyConfig  `toml:"apply"`
 	Health HealthConfig `toml:"health"`
 	Store  StoreConfig  `toml:"store"`
 	Limits LimitsConfig `toml:"limits"`
@@ -105,6 +106,7 @@ func defaultConfig() Config {
 			Delegate: DelegateConfig{Command: []string{}, Timeout: Duration(time.Hour)},
 			Container: ContainerConfig{Engine: "podman", Command: []string{}, Namespace: "meshupd", Stop: Duration(10 * time.Second),
 				Settle: Duration(5 * time.Second), Services: map[string]ServiceConfig{}}},
+		Apply:  ApplyConfig{State: "/var/lib/meshupd-apply", User: "meshupd", Idle: Duration(30 * time.Second)},
 		Health: defaultHealth(),
 		Store:  StoreConfig{Reserve: 64 << 20},
 		Policy: PolicyConfig{Auto: "install", Restart: "auto", Window: []string{}, InhibitDir: "/run/meshupd/inhibit.d"},
@@ -127,7 +129,7 @@ var namePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,63}$`)
 
 // Validate checks what types cannot say. The error is a *fieldError for the first value that cannot be used.
 func (c *Config) Validate() error {
-	for _, check := range []func() error{c.checkDevice, c.checkMesh, c.checkSlots, c.checkHealth, c.checkPolicy, c.checkRest} {
+	for _, check := range []func() error{c.checkDevice, c.checkMesh, c.checkSlots, c.checkApply, c.checkHealth, c.checkPolicy, c.checkRest} {
 		if err := check(); err != nil {
 			return err
 		}
