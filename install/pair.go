@@ -225,6 +225,12 @@ const (
 	recordSpace int64 = 64 << 10 // for the small files beside the slots
 )
 
+// CheckImages refuses a list of images that is not of the release (E-FORMAT, E-SIZE), as Slots.Write does first of all.
+func CheckImages(rel *verify.Release, images []verify.Image) error {
+	_, err := checkImages(rel, images)
+	return err
+}
+
 // checkImages says what the images come to, decoded. The names become file names here, so they are looked at again,
 // whatever was checked before.
 func checkImages(rel *verify.Release, images []verify.Image) (total int64, err error) {

@@ -269,6 +269,13 @@ func (d *Door) Confirmed(rel *Release) error {
 	return d.counters.raise(next)
 }
 
+// AcceptedID is the ID of the release that was accepted last; zero when only its place is known.
+func (d *Door) AcceptedID() Digest {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.counters.record.AcceptedID
+}
+
 // Counters returns the present values.
 func (d *Door) Counters() Counters {
 	d.mu.Lock()
