@@ -117,6 +117,9 @@ func (n *Node) observe(ctx context.Context) (view, error) {
 	}
 	running := slots.Slots[slots.Booted]
 	known := n.known()
+	if err := n.tellNewest(ctx, known); err != nil {
+		return view{}, err
+	}
 	v := view{slots: slots}
 	confirmed := running.Release
 	if slots.Phase == install.PhaseTrial {
@@ -166,6 +169,31 @@ func (n *Node) observe(ctx context.Context) (view, error) {
 	}
 	n.view = v
 	return v, nil
+}
+
+// tellNewest lets Config.Learn know. That it does not take the release is a matter of its own door; only one that cannot
+// be reached is asked again.
+func (n *Node) tellNewest(ctx context.Context, known []*verify.Release) error {
+	newest := newestOf(known)
+	if n.cfg.Learn == nil || newest == nil {
+		return nil
+	}
+	n.mu.Lock()
+	told := n.learned == newest.ID()
+	n.mu.Unlock()
+	if told {
+		return nil
+	}
+	err := n.cfg.Learn(ctx, newest)
+	if code := verify.CodeOf(err); code == verify.CodeApply || ctx.Err() != nil {
+		return err
+	} else if err != nil {
+		n.log.Warn("the process that writes the slots does not take the newest release", "code", code, "err", err)
+	}
+	n.mu.Lock()
+	n.learned = newest.ID()
+	n.mu.Unlock()
+	return nil
 }
 
 // deviceFor is this device as the rules of a release see it. While a trial runs,
@@ -383,7 +411,12 @@ func (n *Node) fail(why error) {
 // above the slot that boots would make the device refuse what it runs.
 func (n *Node) confirm(ctx context.Context, v view) error {
 	from, to := v.slots.Slots[v.slots.Default], v.slots.Slots[v.slots.Booted]
-	if err := n.cfg.Slots.Confirm(ctx); err != nil {
+	err := n.cfg.Slots.Confirm(ctx)
+	if code := verify.CodeOf(err); code == verify.CodeHealth || code == verify.CodeRecalled {
+		n.fail(err) // who writes the slots looks again before it confirms
+		return nil
+	}
+	if err != nil {
 		return err
 	}
 	n.setHealth(HealthUnknown)

@@ -44,6 +44,9 @@ type Config struct {
 	// Starter, if not nil, is run once before the first look at the slots: what
 	// a bootloader does at power-on where there is none.
 	Starter func(ctx context.Context) error
+	// Learn, if not nil, is told of the newest release that was accepted, once, by a device whose slots are written by
+	// another process with a door of its own.
+	Learn func(ctx context.Context, rel *verify.Release) error
 	// Health proves the running slot healthy or says why not. nil: healthy by having started.
 	Health func(ctx context.Context, slot install.SlotName, version string) error
 	Policy Policy
@@ -86,7 +89,8 @@ type Node struct {
 	view      view                   // what the last round observed
 	trouble   *Reason
 	health    HealthFact
-	urged     bool // a person asked for the next restart
+	learned   verify.Digest // release that Learn was told of
+	urged     bool          // a person asked for the next restart
 	writing   progress
 	heard     map[string]DeviceState // last state each other device was heard in, for the history
 	importing map[*Import]bool       // imports that have images in the store and are not committed yet

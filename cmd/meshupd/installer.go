@@ -5,7 +5,9 @@ import (
 	"log/slog"
 
 	"meshupd/install"
+	"meshupd/install/apply"
 	"meshupd/peer"
+	"meshupd/verify"
 )
 
 // installer is the half of a device that writes slots and starts them. Here it is part of the daemon; everything that
@@ -20,6 +22,8 @@ type installer interface {
 	straight() peer.Straight
 	// wrote says what the last write of a slot cost; nil: nobody counts.
 	wrote() func() (written, same int64)
+	// learn tells of a release that was accepted, should this half be taken over later.
+	learn(ctx context.Context, rel *verify.Release) error
 }
 
 // localInstaller does it in this process.
@@ -40,6 +44,9 @@ func (l localInstaller) wrote() func() (written, same int64) {
 	return nil
 }
 
+// learn has nobody to tell: the door is the same.
+func (l localInstaller) learn(context.Context, *verify.Release) error { return nil }
+
 func (l localInstaller) Check(ctx context.Context, slot install.SlotName, version string) error {
 	check := l.health.For(slot, version)
 	containers, ok := l.startedSlots.(*install.Containers)
@@ -51,6 +58,9 @@ func (l localInstaller) Check(ctx context.Context, slot install.SlotName, versio
 }
 
 func openInstaller(ctx context.Context, cfg Config, log *slog.Logger) (installer, error) {
+	if cfg.Apply.Socket != "" {
+		return remoteInstaller{apply.NewClient(cfg.Apply.Socket)}, nil
+	}
 	slots, err := openSlots(ctx, cfg, log)
 	if err != nil {
 		return nil, err

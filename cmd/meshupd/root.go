@@ -66,7 +66,7 @@ func newRootCmd(e *env) *cobra.Command {
 	}
 	add(groupEveryDay, newStatusCmd(e), newImportCmd(e), newWaitCmd(e), newHistoryCmd(e), newRollbackCmd(e))
 	add(groupPublisher, newKeyCmd(e), newTrustCmd(e), newReleaseCmd(e))
-	add(groupIntegrator, newDaemonCmd(e), newConfigCmd(e), newDemoCmd(e), newVersionCmd(e))
+	add(groupIntegrator, newDaemonCmd(e), newApplyCmd(e), newConfigCmd(e), newDemoCmd(e), newVersionCmd(e))
 	root.SetHelpCommand(newHelpCmd(e))
 	root.SetHelpCommandGroupID(groupIntegrator)
 	root.SetCompletionCommandGroupID(groupIntegrator)

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"regexp"
+	"sync"
 	"time"
 	"unicode"
 
@@ -27,7 +28,7 @@ const (
 
 // request is the one line that a client sends. Release and Slot stand only where the verb takes them.
 type request struct {
-	Do      verb             `json:"do"`
+	Do      verb             `json:"do,omitempty"`
 	Release *verify.Digest   `json:"release,omitempty"` // of write and learn: ID of the manifest
 	Slot    install.SlotName `json:"slot,omitempty"`    // of try and check
 	Go      bool             `json:"go,omitempty"`      // the line that answers progress; nothing else is then set
@@ -183,23 +184,53 @@ func (a answer) err() error {
 	return &verify.Refusal{Code: a.Code, Detail: plain(a.Detail), NeedBytes: a.NeedBytes}
 }
 
-// lines reads and writes the lines of one connection.
+// lines reads and writes the lines of one connection. One goroutine reads, any may interrupt it.
 type lines struct {
 	conn net.Conn
 	in   *bufio.Reader
+
+	mu    sync.Mutex // owns the read deadline, and:
+	held  bool       // reading is over until resume
+	ended bool       // and for good
 }
 
-func newLines(c net.Conn) *lines { return &lines{c, bufio.NewReaderSize(c, maxLine)} }
+func newLines(c net.Conn) *lines { return &lines{conn: c, in: bufio.NewReaderSize(c, maxLine)} }
+
+// past is a deadline that is over.
+var past = time.Unix(1, 0)
+
+func (l *lines) allow(d time.Duration) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.held || l.ended {
+		return l.conn.SetReadDeadline(past)
+	}
+	return l.conn.SetReadDeadline(time.Now().Add(d))
+}
+
+// interrupt makes reads fail until resume, also one that waits; with forGood resume does nothing.
+func (l *lines) interrupt(forGood bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.held, l.ended = true, l.ended || forGood
+	_ = l.conn.SetReadDeadline(past)
+}
+
+func (l *lines) resume() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.held = false
+}
 
 // read waits for the first byte for at most wait, and then for the rest of the line for lineTime.
 func (l *lines) read(wait time.Duration) ([]byte, error) {
-	if err := l.conn.SetReadDeadline(time.Now().Add(wait)); err != nil {
+	if err := l.allow(wait); err != nil {
 		return nil, err
 	}
 	if _, err := l.in.Peek(1); err != nil {
 		return nil, err
 	}
-	if err := l.conn.SetReadDeadline(time.Now().Add(lineTime)); err != nil {
+	if err := l.allow(lineTime); err != nil {
 		return nil, err
 	}
 	line, err := l.in.ReadSlice('\n')

@@ -8,11 +8,17 @@ import (
 
 	"meshupd/install"
 	"meshupd/verify"
+	"meshupd/verify/verifytest"
 )
 
 // Run holds an implementation of install.Slots against the contract. make returns a fresh device for each story.
 func Run(t *testing.T, make func(t *testing.T) Harness) {
-	known := updates(t, make(t))
+	RunFrom(t, verifytest.NewVendor(t, "slotstest"), make)
+}
+
+// RunFrom is Run with the releases of a vendor, for devices that verify them again.
+func RunFrom(t *testing.T, vendor *verifytest.Vendor, make func(t *testing.T) Harness) {
+	known := updates(t, vendor, make(t))
 	b, c := known[0], known[1]
 	story := func(name string, tell func(t *testing.T, w *world)) {
 		t.Run(name, func(t *testing.T) { tell(t, newWorld(t, make, known)) })

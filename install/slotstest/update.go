@@ -25,9 +25,8 @@ type update struct {
 }
 
 // updates makes three releases for a device, in their order.
-func updates(t *testing.T, h Harness) []update {
+func updates(t *testing.T, vendor *verifytest.Vendor, h Harness) []update {
 	t.Helper()
-	vendor := verifytest.NewVendor(t, "slotstest")
 	var all []update
 	for i := range 3 {
 		all = append(all, newUpdate(t, vendor, i+1, h))
