@@ -212,13 +212,19 @@ func (j *judge) admit(ctx context.Context, rel *verify.Release, st install.State
 		return nil
 	}
 	goal, gerr := j.find(ctx, j.door.AcceptedID())
-	if gerr != nil || j.door.AllowVia(goal, rel, func(id verify.Digest) (verify.Manifest, bool) {
-		stone, err := j.find(ctx, id)
-		if err != nil {
-			return verify.Manifest{}, false
+	if gerr != nil {
+		return err
+	}
+	// Fetched before the door is asked: a door that is asked while it asks would wait for itself.
+	stones := map[verify.Digest]verify.Manifest{}
+	verify.Stones(goal.Manifest(), func(id verify.Digest) (verify.Manifest, bool) {
+		if stone, err := j.find(ctx, id); err == nil {
+			stones[id] = stone.Manifest()
 		}
-		return stone.Manifest(), true
-	}) != nil {
+		m, ok := stones[id]
+		return m, ok
+	})
+	if j.door.AllowVia(goal, rel, func(id verify.Digest) (verify.Manifest, bool) { m, ok := stones[id]; return m, ok }) != nil {
 		return err
 	}
 	return nil
