@@ -46,7 +46,7 @@ const (
 	PhaseTrial   Phase = "trial"   // Trial runs and is not confirmed yet
 )
 
-// State is what a Slots implementation observes; it is never cached.
+// State is what a Slots implementation observes; it is never cached where the slots are (apply.Client says what it keeps).
 type State struct {
 	Phase   Phase                `json:"phase"`
 	Booted  SlotName             `json:"booted"` // on trial always Trial; differs from Default when settled until a trial given up has restarted

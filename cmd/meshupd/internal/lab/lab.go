@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -64,6 +65,8 @@ type DeviceConfig struct {
 	// Lines are added to the config as they are; Slots and Store to those sections.
 	Lines, Slots, Store []string
 	Env                 []string
+	// As is a command that runs the daemon, as another user for instance: its words stand before the daemon's.
+	As []string
 }
 
 // Device is one daemon of a lab.
@@ -76,6 +79,7 @@ type Device struct {
 	API    *control.Client
 
 	binary string
+	as     []string
 	env    []string
 	cmd    *exec.Cmd
 	ended  chan error
@@ -87,7 +91,7 @@ func (l *Lab) Add(cfg DeviceConfig) (*Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &Device{Name: cfg.Name, Dir: filepath.Join(l.Dir, cfg.Name), Node: node, binary: l.Binary, env: cfg.Env}
+	d := &Device{Name: cfg.Name, Dir: filepath.Join(l.Dir, cfg.Name), Node: node, binary: l.Binary, as: cfg.As, env: cfg.Env}
 	slots := filepath.Join(d.Dir, "slots")
 	for _, dir := range []string{d.Dir, slots, filepath.Join(d.Dir, "run")} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -172,7 +176,8 @@ func (d *Device) Start() error {
 		return fmt.Errorf("open the log of %s: %w", d.Name, err)
 	}
 	defer log.Close()
-	cmd := exec.Command(d.binary, "daemon", "--config", d.Config)
+	words := append(slices.Clone(d.as), d.binary, "daemon", "--config", d.Config)
+	cmd := exec.Command(words[0], words[1:]...)
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.Env = append(os.Environ(), d.env...)
 	if err := d.Node.Start(cmd); err != nil {
