@@ -189,6 +189,9 @@ func (c *Config) checkRest() error {
 	if c.Store.Straight && c.Slots.Kind != "block" {
 		return &fieldError{"store.straight", `needs slots.kind = "block"`}
 	}
+	if c.Store.Straight && c.Apply.Socket != "" {
+		return &fieldError{"store.straight", "cannot be with apply.socket: this process must not write the slots"}
+	}
 	switch c.Log.Level {
 	case "debug", "info", "warn", "error":
 	default:

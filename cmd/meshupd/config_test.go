@@ -39,6 +39,18 @@ func TestSixLinesAreEnough(t *testing.T) {
 	}
 }
 
+// The half that talks to the network never holds a slot that it could write.
+func TestStraightIsRefusedWithSeparatedPrivileges(t *testing.T) {
+	block := "[slots]\nkind = \"block\"\na = \"/dev/a\"\nb = \"/dev/b\"\nbootloader = \"grub\"\n[store]\nstraight = true\n"
+	if cfg, err := parse(t, sixLines, block); err != nil || !cfg.Store.Straight {
+		t.Fatalf("as one process: %v", err)
+	}
+	_, err := parse(t, sixLines, block+"[apply]\nsocket = \"/run/meshupd-apply/socket\"\n")
+	if verify.CodeOf(err) != verify.CodeConfig || !strings.Contains(err.Error(), "store.straight cannot be with apply.socket") {
+		t.Fatalf("as two: %v", err)
+	}
+}
+
 func TestLayersWinValueByValue(t *testing.T) {
 	cfg, err := parse(t, sixLines+"[mesh]\nport = 1\nseeds = [\"a:1\"]\n", "[mesh]\nport = 2\n", "[limits]\nupload = \"4MiB/s\"\n")
 	if err != nil {
