@@ -57,13 +57,17 @@ func (h Health) Check(ctx context.Context) error {
 		return err
 	}
 	probes := h.probes()
+	var last error
 	for good, bad := 0, 0; ; {
 		err := round(ctx, probes, min(h.Timeout, time.Until(end)))
+		if err != nil && last != nil && time.Until(end) <= 0 {
+			err = last // this round was cut short; the one before it says more than that its time ran out
+		}
 		switch {
 		case ctx.Err() != nil:
 			return context.Cause(ctx)
 		case err != nil:
-			good, bad = 0, bad+1
+			good, bad, last = 0, bad+1, err
 		default:
 			good++
 		}
