@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"io"
 	"time"
@@ -11,6 +12,7 @@ import (
 	"meshupd/cmd/meshupd/internal/control"
 	"meshupd/cmd/meshupd/internal/screen"
 	"meshupd/verify"
+	"meshupd/verify/durable"
 )
 
 func newImportCmd(e *env) *cobra.Command {
@@ -20,9 +22,11 @@ func newImportCmd(e *env) *cobra.Command {
 		Short: "Take a release from a stick or file and offer it to the site",
 		Long: "Take a release from a stick or file, verify it and offer it to the site.\n" +
 			"PATH is a NAME.update file, a release folder, or a folder with several of them, itself or one level below:\n" +
-			"then the newest that is meant for this device is taken. A release that is refused leaves nothing behind.",
+			"then the newest that is meant for this device is taken. A release that is refused leaves nothing behind.\n" +
+			"PATH may also be a device with vfat, exfat or ext4 on it: root mounts it read-only for this command alone.",
 		Example: example(
 			"sudo meshupd import /media/usb0",
+			"sudo meshupd import /dev/sdb1",
 			"sudo meshupd import kiosk-a_2.4.0.update --json"),
 		Args: takes(1, 1, "one PATH"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -33,9 +37,11 @@ func newImportCmd(e *env) *cobra.Command {
 			}
 			im.client = e.client()
 			defer im.client.Close()
-			return im.run(cmd.Context(), args[0])
+			return im.reported(im.run(cmd.Context(), args[0]))
 		},
 	}
+	cmd.Flags().BoolVar(&im.ifAny, "if-any", false, "a PATH without a release is fine")
+	cmd.Flags().StringVar(&im.report, "report", "", "also write the result to this file, as JSON")
 	cmd.Flags().StringVar(&im.progress, "progress", "auto", "auto, plain (a line for each 10 % or 30 s) or none")
 	return talksToDaemon(e, cmd)
 }
@@ -48,6 +54,10 @@ type importer struct {
 	c        screen.Canvas
 	skipped  []skip
 	between  []string // versions to go through that were taken along
+	stick    *stick   // nil unless PATH is a device
+	ifAny    bool
+	report   string
+	result   map[string]any // what was imported
 }
 
 // skip is a release that was not taken, and why.
@@ -60,17 +70,29 @@ type skip struct {
 func (im *importer) run(ctx context.Context, path string) error {
 	im.c = im.canvas(im.Err)
 	began := im.now()
+	if isDevice(path) {
+		var err error
+		if im.stick, err = mountStick(path); err != nil {
+			return nothingWas("copied", err)
+		}
+		defer im.stick.close()
+		path = im.stick.path()
+	}
 	sources, err := findSources(path)
+	if im.ifAny && verify.CodeOf(err) == verify.CodeNotFound {
+		im.sayf("%s", im.c.Clean(im.stick.shown(err.Error())))
+		return nil
+	}
 	if err != nil {
 		return nothingWas("copied", err)
 	}
-	im.sayf("Looking   %s in %s", count(len(sources), "release"), im.c.Clean(path))
+	im.sayf("Looking   %s in %s", count(len(sources), "release"), im.c.Clean(im.stick.shown(path)))
 	src, info, err := im.choose(ctx, sources)
 	if err != nil {
 		return nothingWas("copied", err)
 	}
 	rel := info.Release
-	im.sayf("  take    %s   %s %s", im.c.Clean(src.path), im.c.Clean(rel.Product), im.c.Clean(rel.Version))
+	im.sayf("  take    %s   %s %s", im.c.Clean(im.stick.shown(src.path)), im.c.Clean(rel.Product), im.c.Clean(rel.Version))
 	im.sayf("Verify    signature good: %s, %s", im.c.Clean(rel.Signer), screen.Fingerprint(rel.SignerFpr))
 	copied, err := im.copy(ctx, src, info)
 	if err == nil {
@@ -144,7 +166,7 @@ func (im *importer) takeBetween(ctx context.Context, sources []source, taken sou
 			done[src.path] = true
 			n := int64(0)
 			if newer(rel, info.Release) {
-				im.sayf("  take    %s   %s: a version to go through", im.c.Clean(src.path), im.c.Clean(info.Release.Version))
+				im.sayf("  take    %s   %s: a version to go through", im.c.Clean(im.stick.shown(src.path)), im.c.Clean(info.Release.Version))
 				if n, err = im.copy(ctx, src, info); err == nil {
 					err = im.client.Commit(ctx, info.ID)
 				}
@@ -187,8 +209,8 @@ func (im *importer) open(ctx context.Context, src source) (control.ImportInfo, e
 }
 
 func (im *importer) skip(src source, code verify.Code, detail string) {
-	im.skipped = append(im.skipped, skip{src.path, code, detail})
-	im.sayf("  skip    %s   %s [%s]", im.c.Clean(src.path), im.c.Clean(detail), im.c.Clean(string(code)))
+	im.skipped = append(im.skipped, skip{im.stick.shown(src.path), code, im.stick.shown(detail)})
+	im.sayf("  skip    %s   %s [%s]", im.c.Clean(im.stick.shown(src.path)), im.c.Clean(im.stick.shown(detail)), im.c.Clean(string(code)))
 }
 
 // copy sends the images that the daemon lacks and returns the number of bytes.
@@ -220,9 +242,10 @@ func (im *importer) abort(ctx context.Context, id string) {
 }
 
 func (im *importer) tell(ctx context.Context, src source, info control.ImportInfo, copied int64, took time.Duration) error {
+	im.result = map[string]any{"path": im.stick.shown(src.path), "release": info.Release,
+		"bytes": copied, "took_s": took.Seconds(), "skipped": append([]skip{}, im.skipped...), "through": append([]string{}, im.between...)}
 	if im.json != "" {
-		return im.printObject("meshupd.imported/1", map[string]any{"path": src.path, "release": info.Release,
-			"bytes": copied, "took_s": took.Seconds(), "skipped": append([]skip{}, im.skipped...), "through": append([]string{}, im.between...)})
+		return im.printObject("meshupd.imported/1", im.result)
 	}
 	c := im.canvas(im.Out)
 	fmt.Fprintf(im.Out, "Done      %s is on this device. A stick can be pulled out now.\n", c.Clean(info.Release.Version))
@@ -231,4 +254,26 @@ func (im *importer) tell(ctx context.Context, src source, info control.ImportInf
 		fmt.Fprintf(im.Out, "Site      %s in reach. Watch: meshupd status --watch\n", count(max(st.Site.Heard-1, 0), "other device"))
 	}
 	return nil
+}
+
+// reported leaves the result for programs that cannot read the journal: what was imported, or the code of what went wrong.
+func (im *importer) reported(err error) error {
+	if im.report == "" {
+		return err
+	}
+	out := map[string]any{"at": im.now().UTC().Format(time.RFC3339), "ok": err == nil, "skipped": append([]skip{}, im.skipped...)}
+	if im.result != nil {
+		out["imported"] = im.result
+	}
+	if err != nil {
+		out["code"], out["error"] = verify.CodeOf(err), im.stick.shown(err.Error())
+	}
+	raw, jerr := json.Marshal(map[string]any{"schema": "meshupd.import-report/1", "report": out})
+	if jerr == nil {
+		jerr = durable.WriteFile(im.report, append(screen.CleanJSON(raw), '\n'), 0o644)
+	}
+	if jerr != nil {
+		im.sayf("the report is not written: %s", im.c.Clean(jerr.Error()))
+	}
+	return err
 }
