@@ -52,12 +52,6 @@ func (s *shelf) Sync() error {
 
 func (s *shelf) Close() error { return nil }
 
-func (s *shelf) cut() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.now = bytes.Clone(s.synced)
-}
-
 // shelves put chosen images on one shelf, "b".
 type shelves struct {
 	*shelf
