@@ -201,7 +201,16 @@ func (c *containerd) remove(ctx context.Context, name string) error {
 	return c.do(ctx, "containers", "rm", name)
 }
 
-func (c *containerd) lastLine(_ context.Context, name string) string {
+func (c *containerd) lastLine(ctx context.Context, name string) string {
+	// The shim copies what a container printed beside its end: the last line may come a little after it.
+	size := int64(-1)
+	for range logLooks {
+		info, err := os.Stat(c.log(name))
+		if err != nil || info.Size() == size || pause(ctx, logSettles) != nil {
+			break
+		}
+		size = info.Size()
+	}
 	f, err := os.Open(c.log(name))
 	if err != nil {
 		return ""
@@ -216,6 +225,12 @@ func (c *containerd) lastLine(_ context.Context, name string) string {
 	}
 	return said.lastLine()
 }
+
+// A log that stays as it is for logSettles is taken for complete; one that goes on growing is looked at logLooks times.
+const (
+	logSettles = 250 * time.Millisecond
+	logLooks   = 8
+)
 
 // seconds writes a duration for a tool that counts whole seconds, at least one.
 func seconds(d time.Duration) string {
