@@ -18,8 +18,8 @@ demo: build ## a site of 12 devices on this machine
 
 test: vet ## every test; with the race detector where there is a C compiler
 	$(GO) build ./...
-	if command -v $${CC:-cc} >/dev/null; then CGO_ENABLED=1 $(GO) test -race -tags nosqlite ./...; \
-	else echo "no C compiler: tests run without the race detector"; $(GO) test ./...; fi
+	if command -v $${CC:-cc} >/dev/null; then CGO_ENABLED=1 $(GO) test -race -tags nosqlite -timeout 40m ./...; \
+	else echo "no C compiler: tests run without the race detector"; $(GO) test -timeout 40m ./...; fi
 
 check: vet staticcheck ## the fast subset, before each commit
 	test -z "$$(gofmt -l cmd peer discovery swarm verify install simnet packaging | tee /dev/stderr)"
