@@ -114,10 +114,16 @@ func headline(exit int) string {
 	return "Failed"
 }
 
+// readerGone reports that the reader of our output went away (`meshupd status | head`): no error to tell. A broken pipe
+// elsewhere is one: the daemon closes the socket on an image that it has no room for.
+func readerGone(err error) bool {
+	var at *fs.PathError
+	return errors.As(err, &at) && at.Path == os.Stdout.Name() && errors.Is(at, syscall.EPIPE)
+}
+
 // report tells an error, if there is one, and returns the exit code.
 func (e *env) report(ctx context.Context, err error) int {
-	// A reader of our output that went away (`meshupd status | head`) is no error to tell.
-	if err == nil || errors.Is(err, syscall.EPIPE) {
+	if err == nil || readerGone(err) {
 		return exitOK
 	}
 	if x, ok := asExit(err); ok {

@@ -8,6 +8,8 @@ import (
 	"go/parser"
 	"go/token"
 	"io/fs"
+	"net"
+	"os"
 	"strconv"
 	"strings"
 	"syscall"
@@ -88,6 +90,27 @@ func TestExplain(t *testing.T) {
 				t.Errorf("got %+v, want %s, exit %d, %q", f, tt.code, tt.exit, tt.detail)
 			}
 		})
+	}
+}
+
+// Only a broken pipe behind our own output is silence. One to the daemon was once taken for it, and an import that had failed
+// exited with 0.
+func TestOnlyOurOwnReaderMayGo(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		err  error
+		exit int
+	}{
+		{"standard output", fmt.Errorf("print: %w", &fs.PathError{Op: "write", Path: os.Stdout.Name(), Err: syscall.EPIPE}), 0},
+		{"the daemon's socket", nothingWas("changed", verify.Refuse(verify.CodeDaemon, "the daemon stopped answering: %w",
+			&net.OpError{Op: "write", Net: "unix", Err: os.NewSyscallError("write", syscall.EPIPE)})), codeTexts[verify.CodeDaemon].exit},
+		{"a health command's input", &fs.PathError{Op: "write", Path: "|1", Err: syscall.EPIPE}, exitFailed},
+	} {
+		var out, errs bytes.Buffer
+		e := newEnv(stdio{Out: &out, Err: &errs})
+		if got := e.report(context.Background(), tt.err); got != tt.exit || (errs.Len() == 0) != (tt.exit == 0) {
+			t.Errorf("%s: exit %d, want %d; %q", tt.name, got, tt.exit, errs.String())
+		}
 	}
 }
 

@@ -42,6 +42,12 @@ func serve(t *testing.T, s controltest.Scenario, idle time.Duration) *site {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return serveBackend(t, b, b, idle)
+}
+
+// serveBackend serves what stands before b.
+func serveBackend(t *testing.T, b *controltest.Backend, front control.Backend, idle time.Duration) *site {
+	t.Helper()
 	socket := filepath.Join(t.TempDir(), "s")
 	ln, err := control.Listen(socket)
 	if err != nil {
@@ -49,7 +55,7 @@ func serve(t *testing.T, s controltest.Scenario, idle time.Duration) *site {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	server := control.NewServer(control.ServerConfig{Backend: b, ImportIdle: idle, Version: control.VersionInfo{Version: "1.2.3"}})
+	server := control.NewServer(control.ServerConfig{Backend: front, ImportIdle: idle, Version: control.VersionInfo{Version: "1.2.3"}})
 	go func() { done <- server.Serve(ctx, ln) }()
 	client := control.NewClient(socket)
 	stopped := false
@@ -289,6 +295,48 @@ func TestPulledStick(t *testing.T) {
 		if err != nil && verify.CodeOf(err) != verify.CodeBusy {
 			t.Fatal(err)
 		}
+	}
+}
+
+// fullDisk refuses each image at its first byte.
+type fullDisk struct{ control.Backend }
+
+type fullImport struct{ control.Import }
+
+func (b fullDisk) OpenImport(ctx context.Context, head *verify.UnverifiedHead, by control.Who) (control.Import, error) {
+	imp, err := b.Backend.OpenImport(ctx, head, by)
+	return fullImport{imp}, err
+}
+
+func (fullImport) Put(_ context.Context, _ verify.Digest, r io.Reader) error {
+	if _, err := r.Read(make([]byte, 1)); err != nil {
+		return err
+	}
+	return &verify.Refusal{Code: verify.CodeSpace, Detail: "no room", NeedBytes: 7}
+}
+
+// A daemon that refuses an image while it is being sent is heard, and not only the broken pipe that it leaves behind.
+func TestRefusalIsHeardWhileSending(t *testing.T) {
+	trust, head, image := release(t, "2.4.0")
+	b, err := controltest.New(kiosk(trust), t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := serveBackend(t, b, fullDisk{b}, 0)
+	info, err := s.client.OpenImport(t.Context(), head)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 200 {
+		err := s.client.Put(t.Context(), info.ID, info.Images[0], bytes.NewReader(image))
+		var refusal *verify.Refusal
+		if !errors.As(err, &refusal) || refusal.Code != verify.CodeSpace || refusal.NeedBytes != 7 {
+			t.Fatalf("got %v, want the daemon's refusal", err)
+		}
+	}
+	// The refused call is over for the daemon too.
+	if err := s.client.Abort(t.Context(), info.ID); err != nil {
+		t.Error(err)
 	}
 }
 

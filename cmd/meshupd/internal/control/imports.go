@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"os"
@@ -184,30 +185,54 @@ func readHead(r io.Reader, length int64) (*verify.UnverifiedHead, error) {
 const maxTarEnd = 10240
 
 func (s *Server) putImage(w http.ResponseWriter, r *http.Request) error {
+	sending, err := s.takeImage(w, r)
+	if err == nil {
+		return answer(w, struct{}{})
+	}
+	if !sending {
+		return err
+	}
+	s.refuseEarly(w, r, err)
+	return nil
+}
+
+// takeImage says with its error whether the caller was asked for the bytes before: it may then still be sending.
+func (s *Server) takeImage(w http.ResponseWriter, r *http.Request) (sending bool, err error) {
 	who, err := s.authorize(r.Context())
 	if err != nil {
-		return err
+		return false, err
 	}
 	digest, err := verify.ParseDigest(r.PathValue("sha256"))
 	if err != nil {
-		return err
+		return false, err
 	}
 	o, err := s.imports.take(r.PathValue("id"), who.UID)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer s.imports.give(o, false)
 	img, err := imageOf(o.Info(), digest)
 	if err != nil {
-		return err
+		return false, err
 	}
 	if r.ContentLength != img.Size {
-		return verify.Refuse(verify.CodeSize, "image %s has %d bytes, %d were announced", img.Name, img.Size, r.ContentLength)
+		return false, verify.Refuse(verify.CodeSize, "image %s has %d bytes, %d were announced", img.Name, img.Size, r.ContentLength)
 	}
-	if err := o.Put(r.Context(), digest, s.body(w, r)); err != nil {
-		return bodyError(err)
+	if err := http.NewResponseController(w).EnableFullDuplex(); err != nil {
+		return false, fmt.Errorf("take an image: %w", err)
 	}
-	return answer(w, struct{}{})
+	return true, bodyError(o.Put(r.Context(), digest, s.body(w, r)))
+}
+
+// refuseEarly answers a caller that is still sending, and takes what it sends until it has read the answer and stops: who
+// writes to a connection that is closed learns of a broken pipe, and not of the full disk that was the reason.
+func (s *Server) refuseEarly(w http.ResponseWriter, r *http.Request, err error) {
+	s.refuse(w, r, err)
+	ctl := http.NewResponseController(w)
+	if ctl.Flush() != nil || ctl.SetReadDeadline(time.Now().Add(stopTimeout)) != nil {
+		return
+	}
+	_, _ = io.Copy(io.Discard, r.Body)
 }
 
 func imageOf(info ImportInfo, digest verify.Digest) (ImportImage, error) {

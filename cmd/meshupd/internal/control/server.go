@@ -22,6 +22,7 @@ const (
 	headerTimeout   = 10 * time.Second
 	idleTimeout     = 60 * time.Second
 	answerTimeout   = 30 * time.Second // to take an answer
+	stopTimeout     = 5 * time.Second  // to stop sending after a refusal
 	bodyIdleTimeout = 30 * time.Second // between two reads of a body
 	longPoll        = 25 * time.Second
 	maxLongPolls    = 64
@@ -280,9 +281,16 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 		body.Error.NeedBytes = refusal.NeedBytes
 	}
 	s.cfg.Log.Debug("call refused", "method", r.Method, "path", r.URL.Path, "code", body.Error.Code, "err", err)
+	raw, err := json.Marshal(body)
+	if err != nil { // not with these types
+		s.cfg.Log.Error("write a refusal", "err", err)
+		return
+	}
 	takeAnswer(w)
+	// With its length an answer is whole for the caller before the call ends.
+	w.Header().Set("Content-Length", strconv.Itoa(len(raw)+1))
 	w.WriteHeader(httpStatus(body.Error.Code))
-	_ = json.NewEncoder(w).Encode(body)
+	_, _ = w.Write(append(raw, '\n'))
 }
 
 // httpStatus is for people with curl; the client goes by the code in the body.
