@@ -34,6 +34,11 @@ type FilesConfig struct {
 	// with MESHUPD_SLOT and MESHUPD_VERSION set. Nil: switching the pointer is all there is to do. It must not stop meshupd
 	// itself: that would look like a crash in the restart, which costs a start. Use Machine for a command that restarts the machine.
 	Restart []string
+	// Unit, in the place of Restart, is a systemd unit that runs Dir/current: it is restarted after the pointer moved, and
+	// Check wants it to stay up.
+	Unit string
+	// Settle is how long the unit has to stay up before Check believes that it does; 5 s when zero.
+	Settle time.Duration
 	// RestartTimeout ends the command, with its process group; 60 s when zero.
 	RestartTimeout time.Duration
 	// Machine says that Restart restarts the whole machine: the restart has then completed when the daemon is back with
@@ -62,6 +67,7 @@ func (c FilesConfig) withDefaults() (FilesConfig, error) {
 	if c.RestartTimeout == 0 {
 		c.RestartTimeout = time.Minute
 	}
+	c.Settle = orElse(c.Settle, 5*time.Second)
 	if c.BootID == nil {
 		c.BootID = kernelBootID
 	}
@@ -82,6 +88,8 @@ func (c FilesConfig) withDefaults() (FilesConfig, error) {
 		return c, verify.Refuse(verify.CodeConfig, "the restart timeout is negative")
 	case c.Restart != nil && (len(c.Restart) == 0 || c.Restart[0] == ""):
 		return c, verify.Refuse(verify.CodeConfig, "the restart command is empty")
+	case c.Unit != "" && (c.Restart != nil || c.Machine):
+		return c, verify.Refuse(verify.CodeConfig, "a unit and a restart command: only one of them can start the application")
 	case c.Machine && c.Restart == nil:
 		return c, verify.Refuse(verify.CodeConfig, "restarting the machine needs a restart command")
 	}
@@ -122,6 +130,7 @@ func (c FilesConfig) withDefaults() (FilesConfig, error) {
 // All methods are safe for concurrent use by one process.
 type Files struct {
 	*pair
+	unit *unit // nil: none
 }
 
 // OpenFiles opens the folder, or begins it: what the pointer names then (slot a, if nothing) counts as the factory's
@@ -144,16 +153,27 @@ func OpenFiles(cfg FilesConfig) (*Files, error) {
 		whole: func(slot SlotName) error { return whole(keep, slot) },
 		run:   keep.runRestart,
 	}
-	return &Files{&pair{boot: power, power: power, records: keep, cells: keep, starts: cfg.Starts}}, nil
+	return &Files{unit: keep.unit(), pair: &pair{boot: power, power: power, records: keep, cells: keep, starts: cfg.Starts}}, nil
 }
 
-// runRestart runs the restart command for a slot.
+// unit is the unit that runs the application, or nil.
+func (f *folder) unit() *unit {
+	if f.cfg.Unit == "" {
+		return nil
+	}
+	return &unit{name: f.cfg.Unit, timeout: f.cfg.RestartTimeout, settle: f.cfg.Settle}
+}
+
+// runRestart runs the restart command for a slot, or restarts the unit.
 func (f *folder) runRestart(ctx context.Context, slot SlotName) error {
 	content, _, err := f.loadRecord(slot)
 	if err != nil {
 		return err
 	}
 	err = f.cfg.step("restart", func() error {
+		if u := f.unit(); u != nil {
+			return u.restart(ctx)
+		}
 		if f.cfg.Restart == nil {
 			return nil
 		}

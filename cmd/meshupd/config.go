@@ -64,6 +64,8 @@ type SlotsConfig struct {
 	Restart        []string `toml:"restart" comment:"command that starts the application from the chosen slot"`
 	RestartTimeout Duration `toml:"restart_timeout" comment:"how long it may take"`
 	Machine        bool     `toml:"machine" comment:"files: the restart command restarts the whole machine"`
+	Unit           string   `toml:"unit" comment:"files: systemd unit that runs the application, restarted in the place of a restart command; it has to stay up on trial"`
+	Settle         Duration `toml:"settle" comment:"files: how long the unit has to stay up before that is believed"`
 
 	A          string     `toml:"a" comment:"block: the partition of slot a"`
 	B          string     `toml:"b" comment:"block: the partition of slot b"`
@@ -100,7 +102,7 @@ func defaultConfig() Config {
 	return Config{
 		Channel: "stable", Name: name, State: "/var/lib/meshupd", Run: "/run/meshupd",
 		Mesh: MeshConfig{Interfaces: []string{}, Listen: []string{}, Port: 7610, Seeds: []string{}, MDNS: true, MaxPeers: 64},
-		Slots: SlotsConfig{Kind: "files", Layout: "folder", Starts: 1, Restart: []string{}, RestartTimeout: Duration(2 * time.Minute),
+		Slots: SlotsConfig{Kind: "files", Layout: "folder", Starts: 1, Restart: []string{}, RestartTimeout: Duration(2 * time.Minute), Settle: Duration(5 * time.Second),
 			Boot: BootConfig{Env: "/boot/grub/grubenv", Config: "/etc/fw_env.config", Scheme: "left", Variable: "boot_slot", Dir: "/boot",
 				File: "/boot/firmware/autoboot.txt", Command: []string{}},
 			Delegate: DelegateConfig{Command: []string{}, Timeout: Duration(time.Hour)},

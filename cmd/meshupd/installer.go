@@ -49,12 +49,18 @@ func (l localInstaller) learn(context.Context, *verify.Release) error { return n
 
 func (l localInstaller) Check(ctx context.Context, slot install.SlotName, version string) error {
 	check := l.health.For(slot, version)
-	containers, ok := l.startedSlots.(*install.Containers)
-	if !ok {
-		return check.Check(ctx)
+	if containers, ok := l.startedSlots.(*install.Containers); ok {
+		check.Env = containers.Env(slot)
 	}
-	check.Env = containers.Env(slot)
-	return containers.Check(ctx, slot, check.Check)
+	if watching, ok := l.startedSlots.(watched); ok {
+		return watching.Check(ctx, slot, check.Check)
+	}
+	return check.Check(ctx)
+}
+
+// watched are slots whose application can be seen to end while check still runs.
+type watched interface {
+	Check(ctx context.Context, slot install.SlotName, check func(context.Context) error) error
 }
 
 func openInstaller(ctx context.Context, cfg Config, log *slog.Logger) (installer, error) {

@@ -10,7 +10,9 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -66,6 +68,7 @@ func TestScripts(t *testing.T) {
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"exits":      exits,
+			"until":      until,
 			"fakedaemon": fakeDaemon,
 			"step":       step,
 			"flip":       flip,
@@ -97,6 +100,27 @@ func exits(ts *testscript.TestScript, neg bool, args []string) {
 	if got != want {
 		ts.Fatalf("exit code %d, want %d", got, want)
 	}
+}
+
+// until [-match=PATTERN] COMMAND runs a command again and again, until it exits with 0 and what it prints has a line of
+// the pattern. What it printed then can be looked at as stdout.
+func until(ts *testscript.TestScript, neg bool, args []string) {
+	pattern := regexp.MustCompile("")
+	if len(args) > 0 && strings.HasPrefix(args[0], "-match=") {
+		pattern = regexp.MustCompile("(?m)" + strings.TrimPrefix(args[0], "-match="))
+		args = args[1:]
+	}
+	if neg || len(args) == 0 {
+		ts.Fatalf("usage: until [-match=PATTERN] command ...")
+	}
+	for range 600 { // half a minute, and then it is never
+		err := ts.Exec(args[0], args[1:]...)
+		if err == nil && pattern.MatchString(ts.ReadFile("stdout")) {
+			return
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	ts.Fatalf("%s never came", args)
 }
 
 // fakeDaemon FILE serves a scenario on api.sock until the script ends.

@@ -51,6 +51,10 @@ func (c *Config) checkSlots() error {
 		return &fieldError{"slots.restart", "names no command"}
 	case c.Slots.RestartTimeout < leastDuration:
 		return &fieldError{"slots.restart_timeout", tooShort}
+	case c.Slots.Settle < leastDuration:
+		return &fieldError{"slots.settle", tooShort}
+	case c.Slots.Unit != "" && c.Slots.Kind != "files":
+		return &fieldError{"slots.unit", `is only for slots.kind = "files"`}
 	case c.Slots.Kind == "block":
 		return c.checkBlock()
 	case delegated(c.Slots.Kind):
@@ -61,6 +65,10 @@ func (c *Config) checkSlots() error {
 		return &fieldError{"slots.folder", "is missing"}
 	case c.Slots.Layout != "folder" && c.Slots.Layout != "image":
 		return &fieldError{"slots.layout", `is neither "folder" nor "image"`}
+	case c.Slots.Unit != "" && !unitPattern.MatchString(c.Slots.Unit):
+		return &fieldError{"slots.unit", `is not a unit like "kiosk.service"`}
+	case c.Slots.Unit != "" && (len(c.Slots.Restart) > 0 || c.Slots.Machine):
+		return &fieldError{"slots.unit", "says how the application starts, so slots.restart and slots.machine cannot"}
 	}
 	return nil
 }
@@ -185,6 +193,6 @@ func openSlots(ctx context.Context, cfg Config, log *slog.Logger) (startedSlots,
 	return install.OpenFiles(install.FilesConfig{
 		Dir: cfg.Slots.Folder, Layout: install.Layout(cfg.Slots.Layout), FactoryVersion: cfg.Slots.Factory,
 		Restart: restart, RestartTimeout: time.Duration(cfg.Slots.RestartTimeout),
-		Machine: cfg.Slots.Machine, Starts: cfg.Slots.Starts,
+		Machine: cfg.Slots.Machine, Unit: cfg.Slots.Unit, Settle: time.Duration(cfg.Slots.Settle), Starts: cfg.Slots.Starts,
 	})
 }
