@@ -6,12 +6,15 @@ GO       ?= go
 TOOL      = $(GO) tool -modfile=packaging/tools/go.mod
 LDFLAGS   = -s -w
 ARCHES    = amd64 arm64 arm.7 arm.6 riscv64
+DEBS     ?= amd64 arm64 arm.7 riscv64
+# The time of the commit is linked in: a device's proven time begins there. So not even GOFLAGS may leave it out.
+BUILD     = $(GO) build -trimpath -buildvcs=auto -ldflags '$(LDFLAGS)'
 FUZZTIME ?= 10s
 
-.PHONY: build demo test check race vet staticcheck vulns cross fuzz torture bench man licences clean
+.PHONY: build demo test check race vet staticcheck vulns cross deb fuzz torture bench man licences clean
 
 build: ## the binary for this machine
-	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/meshupd ./cmd/meshupd
+	$(BUILD) -o bin/meshupd ./cmd/meshupd
 
 demo: build ## a site of 12 devices on this machine
 	bin/meshupd demo
@@ -38,8 +41,12 @@ cross: ## every architecture we ship
 	for a in $(ARCHES); do \
 	  echo "linux/$$a"; \
 	  GOOS=linux GOARCH=$${a%.*} GOARM=$${a#*.} CGO_ENABLED=0 \
-	    $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/meshupd-linux-$$a ./cmd/meshupd || exit 1; \
+	    $(BUILD) -o bin/meshupd-linux-$$a ./cmd/meshupd || exit 1; \
 	done; ls -l bin/
+
+deb: build ## Debian packages in dist/, the same bytes for the same commit; DEBS="amd64 arm64" for some only
+	$(MAKE) --no-print-directory cross ARCHES="$(DEBS)"
+	packaging/deb/build.sh -o dist $(DEBS)
 
 fuzz: ## every fuzz target for FUZZTIME
 	packaging/fuzz.sh $(FUZZTIME)
