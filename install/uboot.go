@@ -20,7 +20,7 @@ type UBootScheme string
 const (
 	// UBootLeft is RAUC's: BOOT_ORDER="B A" and a counter of the starts left for each slot, BOOT_A_LEFT and BOOT_B_LEFT, in
 	// hexadecimal as setexpr writes. The boot script takes the first slot of BOOT_ORDER that has starts left, and counts down.
-	// Slots that are not in BOOT_ORDER are not booted.
+	// Slots that are not in BOOT_ORDER are not booted. packaging/boot/uboot.cmd is such a script.
 	UBootLeft UBootScheme = "left"
 	// UBootCount is U-Boot's own boot counting (CONFIG_BOOTCOUNT_ENV): Slot names the slot to boot; while upgrade_available is
 	// 1 U-Boot counts bootcount up, and runs altbootcmd instead of bootcmd when it is above bootlimit. altbootcmd boots the slot that
