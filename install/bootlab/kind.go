@@ -28,7 +28,7 @@ type Turn struct {
 }
 
 // Kinds are the bootloaders of the lab.
-var Kinds = map[string]Kind{"grub": grubKind}
+var Kinds = map[string]Kind{"grub": grubKind, "tryboot": trybootKind, "uboot": ubootKind}
 
 // KindOf finds a bootloader by its name.
 func KindOf(name string) (Kind, error) {

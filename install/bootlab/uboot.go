@@ -5,6 +5,7 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -28,6 +29,8 @@ type Board struct {
 	blank  string // a disk with script and partition table
 	flash  string // what U-Boot knows by itself
 	starts int
+	image  []byte                 // of both slots, where only the choice matters
+	known  map[[32]byte]boardTurn // what a start makes of an environment
 }
 
 // Places on the board's disk. EnvSize is one copy of the environment, EnvApart from the start of one to that of the next.
@@ -53,7 +56,11 @@ var boardFlash []byte
 
 // NewBoard makes a board's disk and flash in dir. root is the folder of the repository.
 func NewBoard(ctx context.Context, dir, root string) (*Board, error) {
-	b := &Board{dir: dir, blank: filepath.Join(dir, "board.img"), flash: filepath.Join(dir, "flash.img")}
+	b := &Board{dir: dir, blank: filepath.Join(dir, "board.img"), flash: filepath.Join(dir, "flash.img"), known: make(map[[32]byte]boardTurn)}
+	var err error
+	if b.image, err = BoardImage(ctx, dir, FactoryVersion); err != nil {
+		return nil, err
+	}
 	text, script := filepath.Join(dir, "uboot.env"), filepath.Join(dir, "boot.scr")
 	if err := os.WriteFile(text, boardFlash, 0o600); err != nil {
 		return nil, err
@@ -144,33 +151,75 @@ var ErrNoStart = errors.New("U-Boot started no slot")
 
 // Start switches the board on, waits until a slot has run and reset the board, and notes in d what U-Boot wrote.
 func (b *Board) Start(ctx context.Context, d *BoardDisk, fault BoardFault) (BoardStart, error) {
+	said, err := b.run(ctx, d, fault, func(out io.Reader, _ func()) (string, error) {
+		text, err := io.ReadAll(out)
+		return string(text), err
+	})
+	if err != nil {
+		return BoardStart{Said: said}, err
+	}
+	return parseBoardStart(said)
+}
+
+// Cut switches the board on and cuts its power a time after the serial line said a word. It tells what was said by then.
+func (b *Board) Cut(ctx context.Context, d *BoardDisk, word string, after time.Duration) (string, error) {
+	return b.run(ctx, d, "", func(out io.Reader, cut func()) (string, error) {
+		var said strings.Builder
+		buf := make([]byte, 4096)
+		for !strings.Contains(said.String(), word) {
+			n, err := out.Read(buf)
+			said.Write(buf[:n])
+			if err != nil {
+				return said.String(), fmt.Errorf("the board never said %q: %w", word, err)
+			}
+		}
+		// Not a wait for a state: the moment of the cut is what is random here.
+		time.Sleep(after)
+		cut()
+		rest, err := io.ReadAll(out)
+		return said.String() + string(rest), err
+	})
+}
+
+// run has qemu run while listen reads the serial line, which listen may cut short.
+func (b *Board) run(ctx context.Context, d *BoardDisk, fault BoardFault, listen func(out io.Reader, cut func()) (string, error)) (string, error) {
 	b.starts++
 	path := filepath.Join(b.dir, "start-"+strconv.Itoa(b.starts)+".img")
 	defer os.Remove(path)
 	if err := b.disk(ctx, d, path); err != nil {
-		return BoardStart{}, err
+		return "", err
 	}
 	args, err := b.args(path, fault)
 	if err != nil {
-		return BoardStart{}, err
+		return "", err
 	}
 	ctx, stop := context.WithTimeout(ctx, boardLimit)
 	defer stop()
 	cmd := exec.CommandContext(ctx, "nice", append([]string{"-n", "19", "qemu-system-aarch64"}, args...)...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
-	said, err := cmd.CombinedOutput()
+	out, err := cmd.StdoutPipe()
 	if err != nil {
-		return BoardStart{Said: string(said)}, fmt.Errorf("run the board: %w: %.300s", err, said)
+		return "", err
+	}
+	cmd.Stderr = cmd.Stdout
+	if err := cmd.Start(); err != nil {
+		return "", fmt.Errorf("start qemu: %w", err)
+	}
+	isCut := false
+	said, err := listen(out, func() { isCut = cmd.Process.Kill() == nil })
+	if werr := cmd.Wait(); werr != nil && !isCut {
+		return said, fmt.Errorf("run the board: %w: %.300s", werr, said)
+	}
+	if err != nil {
+		return said, err
 	}
 	f, err := os.Open(path)
 	if err != nil {
-		return BoardStart{}, err
+		return said, err
 	}
 	defer f.Close()
-	if _, err := f.ReadAt(d.Env, boardEnv); err != nil {
-		return BoardStart{}, err
-	}
-	return parseBoardStart(string(said))
+	_, err = f.ReadAt(d.Env, boardEnv)
+	return said, err
 }
 
 func (b *Board) disk(ctx context.Context, d *BoardDisk, path string) error {
