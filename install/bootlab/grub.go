@@ -88,7 +88,7 @@ func grubConfig(shipped []byte) ([]byte, error) {
 		return nil, errors.New("the shipped grub.cfg has no part to adapt")
 	}
 	var out strings.Builder
-	out.WriteString("serial --unit=0 --speed=115200\nterminal_output serial\n" + head + grubAdapt)
+	out.WriteString("serial --unit=0 --speed=115200\nterminal_output serial\necho \"" + MarkerPrefix + string(MarkerLoader) + "\"\n" + head + grubAdapt)
 	lines := 0
 	for line := range strings.Lines(tail) {
 		if strings.HasPrefix(line, "linux ") {

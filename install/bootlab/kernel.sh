@@ -5,7 +5,9 @@ set -eu
 dir=${1:-${XDG_CACHE_HOME:-$HOME/.cache}/meshupd-lab/kernel}
 set -- "$dir"/boot/vmlinuz-*
 [ -e "$1" ] && exit 0
-package=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/^ *Depends: *\(linux-image-[0-9].*\)/\1/p' | head -n 1)
+find_package() { apt-cache depends linux-image-cloud-amd64 2>/dev/null | sed -n 's/^ *Depends: *\(linux-image-[0-9].*\)/\1/p' | head -n 1; }
+package=$(find_package)
+[ -n "$package" ] || { apt-get update -qq; package=$(find_package); }
 [ -n "$package" ] || { echo "kernel.sh: apt knows no linux-image-cloud-amd64" >&2; exit 1; }
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

@@ -87,6 +87,38 @@ func (l *Lab) NewDisk(ctx context.Context, path string) (Disk, error) {
 	return Build(ctx, l.Kind, l.grubConfig, l.Factory, l.Before, path)
 }
 
+// DataDisk makes the third disk of a machine that runs the daemon: its program, and room for its state. In a product the program is
+// in the slot; here that would make every slot, and what is hashed of it, three times as long.
+func (l *Lab) DataDisk(ctx context.Context, root, path string) error {
+	program := filepath.Join(l.Dir, "meshupd")
+	if _, err := tool(ctx, root, nil, "env", "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64",
+		"go", "build", "-trimpath", "-ldflags", "-s -w", "-o", program, "./cmd/meshupd"); err != nil {
+		return err
+	}
+	data, err := os.ReadFile(program)
+	if err != nil {
+		return err
+	}
+	image, err := fileSystem(ctx, "ext4", l.Dir, map[string][]byte{"bin/meshupd": data}, 160*mib)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(path, image, 0o600)
+}
+
+// StickOf makes a stick with a file system on it and the release in that.
+func (l *Lab) StickOf(ctx context.Context, r Release, path string) error {
+	bundle, err := os.ReadFile(r.Bundle)
+	if err != nil {
+		return err
+	}
+	image, err := fileSystem(ctx, "ext4", l.Dir, map[string][]byte{filepath.Base(r.Bundle): bundle}, 64*mib)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(path, image, 0o600)
+}
+
 // Holds names the version that a slot holds whole, or returns "".
 func (l *Lab) Holds(slot []byte) string {
 	known := map[string][]byte{FactoryVersion: l.Factory, "0.9.0": l.Before}

@@ -19,7 +19,7 @@ func need(t testing.TB, tools ...string) bootlab.Kernel {
 	if testing.Short() {
 		t.Skip("boots take their time")
 	}
-	for _, name := range append(tools, "qemu-system-x86_64", "sfdisk", "mkfs.ext4", "nice", "cp", "go") {
+	for _, name := range append(tools, "qemu-system-x86_64", "sfdisk", "mkfs.ext4", "e2fsck", "debugfs", "nice", "cp", "go") {
 		if _, err := exec.LookPath(name); err != nil {
 			cannot("%s is not installed: nothing was booted", name)
 		}

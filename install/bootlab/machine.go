@@ -24,7 +24,8 @@ type Machine struct {
 	Kind     Kind
 	Kernel   Kernel
 	Disk     Disk
-	Stick    string // a .update file, or ""
+	Stick    string // a .update file, or "": the second disk
+	Data     string // a file system with the daemon's program, for its state: the third disk, or ""
 	Scenario Scenario
 	// Slot, if not "", is started by the lab itself, which is quicker; the firmware and the bootloader are then not run, and a restart
 	// ends the machine.
@@ -82,6 +83,11 @@ func (m Machine) args() []string {
 	args := []string{"-M", "q35,accel=tcg", "-cpu", "max", "-m", "192", "-nodefaults", "-no-user-config", "-display", "none",
 		"-serial", "stdio", "-smbios", "type=1,serial=" + m.Scenario.String()}
 	file := "driver=file,filename=" + m.Disk.Path
+	if m.Data != "" {
+		// Behind the others, which the kernel counts from the lowest address on.
+		args = append(args, "-m", "512", "-blockdev", "driver=file,node-name=e0,filename="+m.Data, "-blockdev", "driver=raw,node-name=e1,file=e0",
+			"-device", "nvme,addr=0x1e,drive=e1,serial="+SerialData)
+	}
 	switch {
 	case m.Log != "":
 		args = append(args, "-blockdev", file+",node-name=f0", "-blockdev", "driver=file,filename="+m.Log+",node-name=l0",

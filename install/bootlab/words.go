@@ -19,6 +19,9 @@ const (
 	MarkerPrefix = "LAB "
 	// MarkSize is the size of a marker in the write log.
 	MarkSize = 4096
+	// SerialStick and SerialData are the serial numbers of the second disk, and of the third that only the daemon gets.
+	SerialStick = "s1"
+	SerialData  = "data"
 )
 
 // Marker names a moment in the life of a machine.
@@ -26,8 +29,9 @@ type Marker string
 
 // The markers, in the order of an update.
 const (
-	MarkerBoot       Marker = "BOOT"  // the kernel has started the guest
-	MarkerState      Marker = "STATE" // what the slots say, as FormatState has it
+	MarkerLoader     Marker = "LOADER" // by the bootloader, where it can: it runs
+	MarkerBoot       Marker = "BOOT"   // the kernel has started the guest
+	MarkerState      Marker = "STATE"  // what the slots say, as FormatState has it
 	MarkerWriting    Marker = "WRITING"
 	MarkerQuarter    Marker = "QUARTER" // 1 to 3 of the image are written
 	MarkerSynced     Marker = "SYNCED"  // the image is synced, and about to be read back
@@ -43,6 +47,8 @@ const (
 	MarkerGaveUp     Marker = "GAVE-UP"
 	MarkerRecording  Marker = "RECORDING"
 	MarkerRecorded   Marker = "RECORDED" // the failure is remembered, and the bootloader told
+	MarkerStatus     Marker = "STATUS"   // what "meshupd status --json" prints, when the state is another
+	MarkerImported   Marker = "IMPORTED" // and what "meshupd import" says
 	MarkerSettled    Marker = "SETTLED"  // nothing is left to do
 	MarkerOff        Marker = "OFF"
 	MarkerFail       Marker = "FAIL" // with the error
@@ -61,10 +67,14 @@ const (
 
 // Scenario is what a guest shall do.
 type Scenario struct {
-	Trial  TrialEnd
-	Look   bool // change nothing that the start itself does not change, and say what there is
-	Marks  bool // leave markers in the write log
-	Starts int  // of a trial, at least 1
+	Trial TrialEnd
+	Look  bool // change nothing that the start itself does not change, and say what there is
+	Marks bool // leave markers in the write log
+	// Daemon has the real daemon do everything.
+	Daemon bool
+	// Rename has the bootloader's files replaced by rename, as they must not be: the lab shows with it that it would notice.
+	Rename bool
+	Starts int // of a trial, at least 1
 }
 
 // String is the form of a machine's serial number.
@@ -78,6 +88,12 @@ func (s Scenario) String() string {
 	}
 	if s.Marks {
 		words = append(words, "marks")
+	}
+	if s.Daemon {
+		words = append(words, "daemon")
+	}
+	if s.Rename {
+		words = append(words, "rename")
 	}
 	return strings.Join(words, ";")
 }
@@ -100,6 +116,10 @@ func ParseScenario(text string) (Scenario, error) {
 			s.Look = true
 		case "marks":
 			s.Marks = true
+		case "daemon":
+			s.Daemon = true
+		case "rename":
+			s.Rename = true
 		default:
 			return Scenario{}, fmt.Errorf("scenario %.80q: unknown word %.20q", text, word)
 		}

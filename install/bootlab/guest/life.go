@@ -39,6 +39,9 @@ func openGuest(ctx context.Context, sc bootlab.Scenario) (*guest, error) {
 	if err := g.slots.Start(ctx); err != nil {
 		return nil, err
 	}
+	if err := careless(sc); err != nil {
+		return nil, err
+	}
 	if g.failures, err = install.OpenFailures("/data"); err != nil {
 		return nil, err
 	}
@@ -191,6 +194,11 @@ func (g *guest) restart(ctx context.Context) error {
 
 // stages says what is about to be done, does it, and says that it is done.
 func (g *guest) stages(before, after bootlab.Marker, do func() error) error {
+	if g.sc.Marks {
+		if err := mark(before); err != nil {
+			return err
+		}
+	}
 	say(before, "")
 	return g.stage(after, do)
 }
@@ -198,6 +206,9 @@ func (g *guest) stages(before, after bootlab.Marker, do func() error) error {
 func (g *guest) stage(after bootlab.Marker, do func() error) error {
 	if err := do(); err != nil {
 		return fmt.Errorf("before %s: %w", after, err)
+	}
+	if err := careless(g.sc); err != nil {
+		return err
 	}
 	if g.sc.Marks {
 		if err := mark(after); err != nil {

@@ -23,6 +23,9 @@ func main() {
 	if len(os.Args) > 1 && os.Args[1] == "restart" {
 		restart(os.Getenv("MESHUPD_REBOOT_ARG"))
 	}
+	if len(os.Args) > 1 && os.Args[1] == "healthy" {
+		os.Exit(healthy())
+	}
 	if err := setUp(); err != nil {
 		say("FAIL", "%v", err)
 		off()
@@ -33,9 +36,11 @@ func main() {
 	off()
 }
 
-// say writes one marker. The line feed before it ends whatever the kernel was saying.
+// say writes one marker, and waits until it is out: a marker that is cut off must not hide what came after it. The line feed
+// before it ends whatever the kernel was saying.
 func say(marker bootlab.Marker, format string, args ...any) {
 	fmt.Printf("\n%s%s %s\n", bootlab.MarkerPrefix, marker, fmt.Sprintf(format, args...))
+	_ = unix.IoctlSetInt(int(os.Stdout.Fd()), unix.TCSBRK, 1) // tcdrain(3)
 }
 
 // run is one start of the machine, from the slots as they are found to a restart or the end.
@@ -43,6 +48,9 @@ func run(ctx context.Context) error {
 	sc, err := scenario()
 	if err != nil {
 		return err
+	}
+	if sc.Daemon {
+		return live()
 	}
 	g, err := openGuest(ctx, sc)
 	if err != nil {
@@ -68,10 +76,14 @@ func setUp() error {
 			return fmt.Errorf("mount %s: %w", m[1], err)
 		}
 	}
+	toConsole()
+	return nil
+}
+
+func toConsole() {
 	if c, err := os.OpenFile("/dev/console", os.O_RDWR, 0); err == nil {
 		os.Stdout, os.Stderr = c, c
 	}
-	return nil
 }
 
 // scenario reads the serial number of the machine.
@@ -99,6 +111,10 @@ func word(name string) string {
 
 // restart is the restart command of the slots. It does not sync: what has to be durable is durable by now.
 func restart(arg string) {
+	if sc, err := scenario(); err == nil && sc.Daemon {
+		toConsole() // what a restart command prints is the daemon's
+		say(bootlab.MarkerRestart, "")
+	}
 	var err error
 	if arg == "" {
 		err = unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART)
@@ -129,6 +145,11 @@ func slotsOf(ctx context.Context, sc bootlab.Scenario) (*install.Block, error) {
 	boot, err := mounts(kind.FS)
 	if err != nil {
 		return nil, err
+	}
+	if sc.Rename {
+		if boot, err = shadow(boot); err != nil {
+			return nil, err
+		}
 	}
 	loader, err := kind.Loader(boot, "/run")
 	if err != nil {
