@@ -109,6 +109,15 @@ func TestGRUBPowerCuts(t *testing.T) {
 	t.Logf("%s power cuts: cuts=%d in %v; promised by then %v; bricks=%d wrong boots=%d lost confirmations=%d; real boots after=%d, on the new release %d, on the old one %d",
 		l.Kind.Name, sum.cuts, sum.scenes, sum.stands, sum.harm[bootlab.HarmBrick], sum.harm[bootlab.HarmWrong], sum.harm[bootlab.HarmLost],
 		sum.boots, sum.confirmed, sum.old)
+	if cuts < 200 {
+		return
+	}
+	for _, m := range []bootlab.Marker{"", bootlab.MarkerTrying, bootlab.MarkerArmed, bootlab.MarkerConfirming, bootlab.MarkerConfirmed,
+		bootlab.MarkerGivingUp, bootlab.MarkerGaveUp} {
+		if sum.stands[bootlab.Stand(m)] == 0 {
+			t.Errorf("no cut behind %q: the series says nothing about it", m)
+		}
+	}
 }
 
 func (sum *tally) cut(t *testing.T, l *bootlab.Lab, s *scene, n int) {
@@ -137,6 +146,7 @@ func (sum *tally) cut(t *testing.T, l *bootlab.Lab, s *scene, n int) {
 	if harm != bootlab.HarmNone {
 		t.Errorf("cut behind %q: %s: %s", stand, harm, why)
 	}
+	t.Logf("cut behind %q", stand)
 	sum.mu.Lock()
 	sum.cuts++
 	sum.harm[harm]++
