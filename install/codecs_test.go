@@ -205,6 +205,37 @@ func TestLoaderConfigsAreChecked(t *testing.T) {
 	}
 }
 
+// TestEFIOptionOfTheFirmware arms no slot whose boot option is not the slot's.
+func TestEFIOptionOfTheFirmware(t *testing.T) {
+	dir := t.TempDir()
+	m, err := EFI{Vars: dir, A: "1001", B: "1002"}.open(loaderEnv{step: plainStep})
+	if err != nil {
+		t.Fatal(err)
+	}
+	write := func(name, text string) {
+		if err := os.WriteFile(filepath.Join(dir, name+"-"+efiGUID), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("BootOrder", "\x07\x00\x00\x00\x01\x10")
+	trial := choice{Default: SlotA, Trial: SlotB, Left: 1}
+	for _, option := range []string{"", "\x07\x00\x00\x00USB stick" + string(autoOption)} {
+		if option != "" {
+			write("Boot1002", option)
+		}
+		if err := m.write(t.Context(), trial); verify.CodeOf(err) != verify.CodeBoot {
+			t.Errorf("with the option %q: %v", option, err)
+		}
+		if c, err := m.read(t.Context()); err != nil || c.Trial != "" {
+			t.Errorf("with the option %q slot %q is armed, %v", option, c.Trial, err)
+		}
+	}
+	write("Boot1002", "\x07\x00\x00\x00slot b")
+	if err := m.write(t.Context(), trial); err != nil {
+		t.Error(err)
+	}
+}
+
 func FuzzGRUBEnv(f *testing.F) {
 	block := func(text string) []byte {
 		return append([]byte(grubHeader+text), bytes.Repeat([]byte("#"), grubEnvSize-len(grubHeader)-len(text))...)
@@ -296,7 +327,7 @@ func FuzzEntryName(f *testing.F) {
 		if again, ok := parseEntry("m", e.name("m")); !ok || again != e {
 			t.Fatalf("%q is %+v, and %q is %+v", name, e, e.name("m"), again)
 		}
-		c, err := entriesSay([]entry{e, {gen: 1, slot: SlotA}})
+		c, err := entriesSay([]found{{e, true}, {entry{gen: 1, slot: SlotA}, true}})
 		if err != nil || c.wrong() != "" {
 			t.Fatalf("%+v, %v", c, err)
 		}

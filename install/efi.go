@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -17,11 +18,14 @@ import (
 
 // EFI is a machine whose firmware chooses by itself (UEFI specification, section 3.1): BootOrder says what is booted,
 // and BootNext, which the firmware removes when it uses it, what is booted once before. Each slot has a boot option of its own
-// (efibootmgr --create); what other options there are stays behind the default slot's.
+// (efibootmgr --create --bootnum 1001); what other options there are stays behind the default slot's.
+//
+// The numbers should be high. The idle slot's option is not in BootOrder, and firmware built from EDK II takes the lowest number
+// that is not there for an option that it makes by itself, for instance of a disk that was plugged in: it would replace a low one.
 type EFI struct {
 	// Vars is the folder of the EFI variables; /sys/firmware/efi/efivars when empty.
 	Vars string
-	// A and B are the boot options of the slots, "0001" or "Boot0001", in hexadecimal.
+	// A and B are the boot options of the slots, "1001" or "Boot1001", in hexadecimal.
 	A, B string
 }
 
@@ -41,7 +45,7 @@ func (e EFI) open(env loaderEnv) (medium, error) {
 	for slot, text := range map[SlotName]string{SlotA: e.A, SlotB: e.B} {
 		n, err := strconv.ParseUint(strings.TrimPrefix(text, "Boot"), 16, 16)
 		if err != nil {
-			return nil, verify.Refuse(verify.CodeConfig, "the boot option of slot %s is %.20q, not like \"0001\"", slot, text)
+			return nil, verify.Refuse(verify.CodeConfig, "the boot option of slot %s is %.20q, not like \"1001\"", slot, text)
 		}
 		m.options[slot] = uint16(n)
 	}
@@ -134,11 +138,30 @@ func (e *efi) write(_ context.Context, c choice) error {
 	if c.Trial == "" || c.Left == 0 {
 		return e.removeNext()
 	}
+	if err := e.checkOption(c.Trial); err != nil {
+		return err
+	}
 	want := []uint16{e.options[c.Trial]}
 	if _, next, err := e.load("BootNext"); err == nil && slices.Equal(next, want) {
 		return nil
 	}
 	return e.store("BootNext", efiAttrs, want)
+}
+
+// autoOption ends an option that firmware built from EDK II has made by itself (mBmAutoCreateBootOptionGuid).
+var autoOption = []byte{0x4e, 0xac, 0x08, 0x81, 0x11, 0x9f, 0x59, 0x4d, 0x85, 0x0e, 0xe2, 0x1a, 0x52, 0x2c, 0x59, 0xb2}
+
+// checkOption refuses with E-BOOT a slot whose option is gone, or is the firmware's own by now: its trial would start anything.
+func (e *efi) checkOption(slot SlotName) error {
+	name := fmt.Sprintf("Boot%04X", e.options[slot])
+	data, err := readSmall(e.path(name), maxEFIVar)
+	if err != nil {
+		return verify.Refuse(verify.CodeBoot, "read the boot option of slot %s: %w", slot, err)
+	}
+	if bytes.HasSuffix(data, autoOption) {
+		return verify.Refuse(verify.CodeBoot, "the firmware has replaced the boot option %s of slot %s by its own: make one with a high number", name, slot)
+	}
+	return nil
 }
 
 // writeOrder puts the default's option first and takes the other slot's out: firmware goes on with the next option when one

@@ -370,6 +370,8 @@ func efiFirmware(t *testing.T) *firmware {
 		return filepath.Join(dir, name+"-8be4df61-93ca-11d2-aa0d-00e098032b8c")
 	}
 	writeTest(file("BootOrder"), []byte("\x07\x00\x00\x00\x05\x00\x01\x00\x02\x00"))
+	writeTest(file("Boot0001"), []byte("\x07\x00\x00\x00 slot a"))
+	writeTest(file("Boot0002"), []byte("\x07\x00\x00\x00 slot b"))
 	slots := map[byte]install.SlotName{1: install.SlotA, 2: install.SlotB}
 	return &firmware{loader: install.EFI{Vars: dir, A: "0001", B: "Boot0002"}, turn: func(dry bool) install.SlotName {
 		if next, err := os.ReadFile(file("BootNext")); err == nil {

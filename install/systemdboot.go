@@ -15,7 +15,6 @@ import (
 	"unicode/utf16"
 
 	"meshupd/verify"
-	"meshupd/verify/durable"
 )
 
 // SystemdBoot is a bootloader that reads boot loader entries and counts starts in their names (the Boot Loader
@@ -26,10 +25,11 @@ import (
 //	PREFIX-000008-b+0-3.conf   used up: sorted behind all that are not
 //
 // The number grows with each trial, and of entries that are not used up systemd-boot takes the highest version by itself. So
-// nothing else has to be switched: not loader.conf, and no EFI variable. Confirm drops the counter, which is what
-// systemd-bless-boot does, and then removes the old entry. A trial that is given up has its entry removed: an entry that is
-// only marked bad (+0) would still be taken when the other cannot be read. systemd-bless-boot.service must be masked: it
-// would bless a trial before the health check did.
+// nothing else has to be switched: not loader.conf, and no EFI variable. Confirm makes a newer entry without a counter, and
+// then removes the others; systemd-bless-boot renames, and so can lose the entry on FAT (see createFresh). No entry is ever
+// renamed or overwritten here. A trial that is given up has its entry removed: an entry that is only marked bad (+0) would
+// still be taken when the other cannot be read. systemd-bless-boot.service must be masked: it would bless a trial before the
+// health check did.
 type SystemdBoot struct {
 	// Dir is the partition with loader/entries: the ESP or XBOOTLDR, mounted; /boot when empty.
 	Dir string
@@ -157,6 +157,12 @@ type entry struct {
 	done    int
 }
 
+// found is an entry on the medium.
+type found struct {
+	entry
+	sound bool // systemd-boot would boot its slot by it
+}
+
 const maxGeneration = 999999
 
 // parseEntry reads a file name; false if it is none of ours.
@@ -213,7 +219,7 @@ func (s *systemdBoot) most() int { return maxStarts }
 func (s *systemdBoot) dir() string { return filepath.Join(s.Dir, "loader", "entries") }
 
 // list returns our entries, the newest first.
-func (s *systemdBoot) list() ([]entry, error) {
+func (s *systemdBoot) list() ([]found, error) {
 	files, err := os.ReadDir(s.dir())
 	if err != nil {
 		return nil, verify.Refuse(verify.CodeBoot, "read the loader entries: %w", err)
@@ -221,14 +227,25 @@ func (s *systemdBoot) list() ([]entry, error) {
 	if len(files) > maxEntries {
 		return nil, verify.Refuse(verify.CodeBoot, "read the loader entries: more than %d files", maxEntries)
 	}
-	var all []entry
+	var all []found
 	for _, f := range files {
 		if e, ok := parseEntry(s.Prefix, f.Name()); ok && f.Type().IsRegular() {
-			all = append(all, e)
+			all = append(all, found{e, s.sound(e)})
 		}
 	}
-	slices.SortFunc(all, func(a, b entry) int { return b.gen - a.gen })
+	slices.SortFunc(all, func(a, b found) int { return b.gen - a.gen })
 	return all, nil
+}
+
+// sound is false for what a cut has left of an entry: nothing, or what lay there before. An entry with another text than the
+// template's is sound: templates change.
+func (s *systemdBoot) sound(e entry) bool {
+	text, err := readSmall(filepath.Join(s.dir(), e.name(s.Prefix)), maxEntry)
+	if err != nil || bytes.Equal(text, s.texts[e.slot.Other()]) && !bytes.Equal(text, s.texts[e.slot]) {
+		return false
+	}
+	_, err = entryText(text)
+	return err == nil
 }
 
 func (s *systemdBoot) read(context.Context) (choice, error) {
@@ -239,9 +256,10 @@ func (s *systemdBoot) read(context.Context) (choice, error) {
 	return entriesSay(all)
 }
 
-// entriesSay reads the choice from the entries, the newest first. Errors are E-BOOT.
-func entriesSay(all []entry) (choice, error) {
-	good := slices.IndexFunc(all, func(e entry) bool { return !e.counted })
+// entriesSay reads the choice from the sound entries, the newest first. Errors are E-BOOT.
+func entriesSay(listed []found) (choice, error) {
+	all := slices.DeleteFunc(slices.Clone(listed), func(e found) bool { return !e.sound })
+	good := slices.IndexFunc(all, func(e found) bool { return !e.counted })
 	if good < 0 {
 		return choice{}, verify.Refuse(verify.CodeBoot, "read the loader entries: none is known to be good")
 	}
@@ -267,20 +285,17 @@ func (s *systemdBoot) write(_ context.Context, c choice) error {
 	}
 	wanted := []entry{keep}
 	if c.Trial != "" {
-		trial := entry{gen: keep.gen + 1, slot: c.Trial, counted: true, left: c.Left}
-		for _, e := range all {
-			trial.gen = max(trial.gen, e.gen+1)
-		}
+		trial := entry{gen: max(newest(all), keep.gen) + 1, slot: c.Trial, counted: true, left: c.Left}
 		if err := s.put(trial); err != nil {
 			return err
 		}
 		wanted = append(wanted, trial)
 	}
 	for _, e := range all {
-		if slices.Contains(wanted, e) {
+		if slices.Contains(wanted, e.entry) {
 			continue
 		}
-		if err := s.remove(e); err != nil {
+		if err := s.remove(e.entry); err != nil {
 			return err
 		}
 	}
@@ -288,12 +303,12 @@ func (s *systemdBoot) write(_ context.Context, c choice) error {
 }
 
 // tidy reports whether the entries are just those of the choice, each with its text.
-func (s *systemdBoot) tidy(all []entry, c choice) bool {
+func (s *systemdBoot) tidy(all []found, c choice) bool {
 	n := 1
 	if c.Trial != "" {
 		n++
 	}
-	return len(all) == n && !slices.ContainsFunc(all, func(e entry) bool { return !s.holds(e) })
+	return len(all) == n && !slices.ContainsFunc(all, func(e found) bool { return !s.holds(e.entry) })
 }
 
 func (s *systemdBoot) holds(e entry) bool {
@@ -301,26 +316,22 @@ func (s *systemdBoot) holds(e entry) bool {
 	return err == nil && bytes.Equal(text, s.texts[e.slot])
 }
 
-// defaultEntry returns the entry of the default slot, without a counter: one that is there, one that is blessed, or a new one.
-func (s *systemdBoot) defaultEntry(all []entry, c choice) (entry, error) {
+// newest is the highest number of the entries.
+func newest(all []found) (gen int) {
 	for _, e := range all {
-		if e.slot == c.Default && !e.counted && s.holds(e) {
-			return e, nil
+		gen = max(gen, e.gen)
+	}
+	return gen
+}
+
+// defaultEntry returns the entry of the default slot, without a counter: one that is there, or a new one.
+func (s *systemdBoot) defaultEntry(all []found, c choice) (entry, error) {
+	for _, e := range all {
+		if e.slot == c.Default && !e.counted && s.holds(e.entry) {
+			return e.entry, nil
 		}
 	}
-	for _, e := range all {
-		if e.slot == c.Default && e.counted && s.holds(e) {
-			good := entry{gen: e.gen, slot: e.slot}
-			err := s.step("entry.bless", func() error {
-				return durable.Rename(filepath.Join(s.dir(), e.name(s.Prefix)), filepath.Join(s.dir(), good.name(s.Prefix)))
-			})
-			return good, coded(verify.CodeBoot, "bless the loader entry", err)
-		}
-	}
-	e := entry{gen: 1, slot: c.Default}
-	for _, old := range all {
-		e.gen = max(e.gen, old.gen+1)
-	}
+	e := entry{gen: newest(all) + 1, slot: c.Default}
 	return e, s.put(e)
 }
 
@@ -329,14 +340,13 @@ func (s *systemdBoot) put(e entry) error {
 		return verify.Refuse(verify.CodeBoot, "write a loader entry: %d trials are more than its name can count", e.gen)
 	}
 	err := s.step("entry.put", func() error {
-		// The temporary name has no .conf at its end, so it is no entry before the rename.
-		return durable.WriteFile(filepath.Join(s.dir(), e.name(s.Prefix)), s.texts[e.slot], 0o644)
+		return createFresh(filepath.Join(s.dir(), e.name(s.Prefix)), s.texts[e.slot])
 	})
 	return coded(verify.CodeBoot, "write a loader entry", err)
 }
 
 func (s *systemdBoot) remove(e entry) error {
-	err := s.step("entry.remove", func() error { return durable.Remove(filepath.Join(s.dir(), e.name(s.Prefix))) })
+	err := s.step("entry.remove", func() error { return removeFresh(filepath.Join(s.dir(), e.name(s.Prefix))) })
 	return coded(verify.CodeBoot, "remove a loader entry", err)
 }
 

@@ -19,6 +19,7 @@ const (
 	PartB     = 4
 	PartData  = 5 // state of the daemon
 	PartMarks = 6 // markers for the write log; see MarkSize
+	PartESP   = 7 // what firmware of the kind UEFI starts from
 )
 
 type extent struct{ at, size int64 }
@@ -28,19 +29,23 @@ const mib = 1 << 20
 // layout places the partitions. The slots are small because a machine without hardware support hashes slowly.
 var layout = map[int]extent{
 	PartGRUB: {1 * mib, 1 * mib}, PartBoot: {2 * mib, 8 * mib}, PartData: {10 * mib, 8 * mib}, PartMarks: {18 * mib, 1 * mib},
-	PartA: {20 * mib, SlotSize}, PartB: {20*mib + SlotSize, SlotSize},
+	PartA: {20 * mib, SlotSize}, PartB: {20*mib + SlotSize, SlotSize}, PartESP: {20*mib + 2*SlotSize, 40 * mib},
 }
 
 const (
 	// SlotSize holds the kernel, the guest and a few MiB that differ between two versions.
 	SlotSize = 32 * mib
-	diskSize = 20*mib + 2*SlotSize + 1*mib
+	diskSize = 60*mib + 2*SlotSize + 1*mib
 	// fillSize is what no two versions have in common.
 	fillSize = 2 * mib
 )
 
 // Disk is a disk image in a file.
-type Disk struct{ Path string }
+type Disk struct {
+	Path string
+	// Vars is the file with the variables of UEFI firmware, "" for a kind that has none.
+	Vars string
+}
 
 // Part reads one partition as it lies on the medium.
 func (d Disk) Part(n int) ([]byte, error) {
@@ -75,17 +80,32 @@ func (d Disk) Put(n int, data []byte) error {
 
 // Copy makes a second disk with the same bytes.
 func (d Disk) Copy(path string) (Disk, error) {
+	c := Disk{Path: path}
+	if d.Vars != "" {
+		c.Vars = path + ".vars"
+		if _, err := tool(context.Background(), "", nil, "cp", d.Vars, c.Vars); err != nil {
+			return c, err
+		}
+	}
 	_, err := tool(context.Background(), "", nil, "cp", "--sparse=always", d.Path, path)
-	return Disk{path}, err
+	return c, err
 }
 
 // Turn asks what the bootloader would start from this disk; see Kind.Turn.
 func (d Disk) Turn(kind Kind, scratch string) (Turn, error) {
-	boot, err := d.Part(PartBoot)
+	boot, err := d.medium(kind)
 	if err != nil {
 		return Turn{}, err
 	}
 	return kind.Turn(boot, scratch)
+}
+
+// medium is where the bootloader looks.
+func (d Disk) medium(kind Kind) ([]byte, error) {
+	if kind.FS == "efivarfs" {
+		return os.ReadFile(d.Vars)
+	}
+	return d.Part(kind.Boot())
 }
 
 // Build makes a disk whose slot a holds the image a and is the default, and whose slot b holds the image b.
@@ -95,7 +115,7 @@ func Build(ctx context.Context, kind Kind, shippedGRUBConfig []byte, a, b []byte
 		return Disk{}, err
 	}
 	defer os.RemoveAll(dir)
-	d := Disk{path}
+	d := Disk{Path: path}
 	f, err := os.Create(path)
 	if err != nil {
 		return d, err
@@ -119,8 +139,13 @@ func Build(ctx context.Context, kind Kind, shippedGRUBConfig []byte, a, b []byte
 			return d, err
 		}
 	}
+	if kind.EFI {
+		if d.Vars, err = newVars(kind, path); err != nil {
+			return d, err
+		}
+	}
 	parts := map[int][]byte{PartA: a, PartB: b}
-	if parts[PartBoot], err = fileSystem(ctx, kind.FS, dir, tree, layout[PartBoot].size); err != nil {
+	if parts[kind.Boot()], err = fileSystem(ctx, kind.bootFS(), dir, tree, layout[kind.Boot()].size); err != nil {
 		return d, err
 	}
 	if parts[PartData], err = fileSystem(ctx, "ext4", dir, nil, layout[PartData].size); err != nil {
@@ -139,8 +164,11 @@ func partitionTable() string {
 	out.WriteString("label: gpt\n")
 	for n := range len(layout) {
 		kind := "linux"
-		if n+1 == PartGRUB {
+		switch n + 1 {
+		case PartGRUB:
 			kind = "21686148-6449-6E6F-744E-656564454649"
+		case PartESP:
+			kind = "uefi, uuid=" + espUUID
 		}
 		e := layout[n+1]
 		fmt.Fprintf(&out, "start=%d, size=%d, type=%s\n", e.at/512, e.size/512, kind)
@@ -191,7 +219,15 @@ func fileSystem(ctx context.Context, kind, dir string, files map[string][]byte, 
 const fixedUUID = "6d657368-7570-4c41-8b00-000000000001"
 
 func fatImage(ctx context.Context, tree, image string) error {
-	if _, err := tool(ctx, "", nil, "mkfs.vfat", "-i", "4d555044", image); err != nil {
+	info, err := os.Stat(image)
+	if err != nil {
+		return err
+	}
+	bits := "16"
+	if info.Size() == layout[PartESP].size {
+		bits = "32" // as on most machines
+	}
+	if _, err := tool(ctx, "", nil, "mkfs.vfat", "-F", bits, "-s", "1", "-i", "4d555044", image); err != nil {
 		return err
 	}
 	entries, err := os.ReadDir(tree)

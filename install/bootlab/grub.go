@@ -94,7 +94,7 @@ func grubConfig(shipped []byte) ([]byte, error) {
 		if strings.HasPrefix(line, "linux ") {
 			lines++
 			line = "echo \"GRUB slot=$slot ORDER=$ORDER A=$A_OK/$A_TRY B=$B_OK/$B_TRY\"\n" +
-				strings.Replace(strings.TrimSuffix(line, "\n"), "panic=10", "", 1) + " " + kernelWords(grubKind) + "\n"
+				strings.Replace(strings.TrimSuffix(line, "\n"), "panic=10", "", 1) + " " + kernelWords("grub") + "\n"
 		}
 		out.WriteString(line)
 	}

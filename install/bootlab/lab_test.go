@@ -34,8 +34,28 @@ func need(t testing.TB, tools ...string) bootlab.Kernel {
 // newLab makes a lab for GRUB.
 func newLab(t testing.TB, releases int) *bootlab.Lab {
 	t.Helper()
-	kernel := need(t, "grub-mkimage", "grub-fstest")
-	l, err := bootlab.NewLab(t.Context(), ramDir(t), filepath.Join("..", ".."), bootlab.Kinds["grub"], kernel, releases)
+	return newLabOf(t, "grub", releases, "grub-mkimage", "grub-fstest")
+}
+
+// newEFILab makes a lab for a kind with UEFI firmware.
+func newEFILab(t testing.TB, kind string, releases int) *bootlab.Lab {
+	t.Helper()
+	l := newLabOf(t, kind, releases, "mkfs.vfat", "mcopy")
+	for _, path := range bootlab.EFIFiles {
+		if _, err := os.Stat(path); err != nil {
+			if os.Getenv("CI") != "" {
+				t.Fatalf("%v: nothing was booted", err)
+			}
+			t.Skipf("%v: nothing was booted", err)
+		}
+	}
+	return l
+}
+
+func newLabOf(t testing.TB, kind string, releases int, tools ...string) *bootlab.Lab {
+	t.Helper()
+	kernel := need(t, tools...)
+	l, err := bootlab.NewLab(t.Context(), ramDir(t), filepath.Join("..", ".."), bootlab.Kinds[kind], kernel, releases)
 	must(t, "make a lab", err)
 	return l
 }

@@ -132,17 +132,17 @@ func (v linuxView) judge(s Story, stand Stand, holds func(install.SlotName) stri
 // Judge holds a disk that was cut against what was promised: as it lies there, and as a kernel finds it.
 func (d Disk) Judge(l *Lab, s Story, stand Stand, scratch string) (Harm, string, error) {
 	parts := make(map[int][]byte)
-	for _, n := range []int{PartBoot, PartData, PartA, PartB} {
+	for _, n := range []int{l.Kind.Boot(), PartData, PartA, PartB} {
 		var err error
 		if parts[n], err = d.Part(n); err != nil {
 			return HarmNone, "", err
 		}
 	}
 	holds := func(slot install.SlotName) string { return l.Holds(parts[Part(slot)]) }
-	turn, err := l.Kind.Turn(parts[PartBoot], scratch)
+	turn, err := l.Kind.Turn(parts[l.Kind.Boot()], scratch)
 	harm, why := s.Judge(stand, turn, err, holds)
 	if harm == HarmNone {
-		harm, why = viewOf(l.Kind, parts[PartBoot], parts[PartData], scratch).judge(s, stand, holds)
+		harm, why = viewOf(l.Kind, parts[l.Kind.Boot()], parts[PartData], scratch).judge(s, stand, holds)
 	}
 	return harm, why, nil
 }

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -17,7 +18,7 @@ import (
 )
 
 // Limit is how long one start of qemu may take: with a busy processor it is ten times slower than with an idle one.
-const Limit = 10 * time.Minute
+const Limit = 30 * time.Minute
 
 // Machine is a computer in qemu.
 type Machine struct {
@@ -30,6 +31,8 @@ type Machine struct {
 	// Slot, if not "", is started by the lab itself, which is quicker; the firmware and the bootloader are then not run, and a restart
 	// ends the machine.
 	Slot install.SlotName
+	// UserMode, if it has an image, is what starts the slot instead of qemu: quicker by far.
+	UserMode UserKernel
 	// Log, if not "", is where all writes to the disk are recorded.
 	Log string
 	// Faulty, if not "", is a configuration of qemu's blkdebug between the disk and its file.
@@ -42,6 +45,8 @@ type Run struct {
 	ctx   context.Context
 	stop  context.CancelFunc
 	lines chan string
+	dir   string    // of a user-mode kernel
+	rec   *recorder // of one whose writes are recorded
 
 	mu   sync.Mutex // owns:
 	said []string   // all lines of the serial line
@@ -53,34 +58,72 @@ type Line struct {
 	Text   string
 }
 
-// kernelWords end the kernel's command line.
-func kernelWords(kind Kind) string {
-	return "panic=1 console=ttyS0 mitigations=off random.trust_cpu=on lab.loader=" + kind.Name
+// kernelWords end the kernel's command line. The check of the timer panics on a machine that gets too little of the real one's time.
+func kernelWords(kind string) string {
+	return "panic=1 no_timer_check console=ttyS0 mitigations=off random.trust_cpu=on lab.loader=" + kind
+}
+
+// kernelLine is the whole command line of a slot.
+func kernelLine(slot install.SlotName, kind string) string {
+	return fmt.Sprintf("root=/dev/nvme0n1p%d rootwait ro quiet meshupd.slot=%s %s", Part(slot), slot, kernelWords(kind))
 }
 
 // Start switches the machine on. Whoever starts it ends it by Wait, Cut or Close.
 func (m Machine) Start(ctx context.Context) (*Run, error) {
 	ctx, stop := context.WithTimeout(ctx, Limit)
 	r := &Run{ctx: ctx, stop: stop, lines: make(chan string, 1000)}
+	args, err := r.plan(m)
+	if err != nil {
+		return nil, errors.Join(err, r.tidy())
+	}
 	// nice: a machine for tests should not slow down the one it runs on. It becomes qemu, so that a signal reaches that.
-	r.cmd = exec.CommandContext(ctx, "nice", append([]string{"-n", "19", "qemu-system-x86_64"}, m.args()...)...)
+	r.cmd = exec.CommandContext(ctx, "nice", append([]string{"-n", "19"}, args...)...)
 	r.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	out, err := r.cmd.StdoutPipe()
 	if err != nil {
-		stop()
-		return nil, err
+		return nil, errors.Join(err, r.tidy())
 	}
 	r.cmd.Stderr = r.cmd.Stdout
 	if err := r.cmd.Start(); err != nil {
-		stop()
-		return nil, fmt.Errorf("start qemu: %w", err)
+		return nil, errors.Join(fmt.Errorf("start the machine: %w", err), r.tidy())
 	}
 	go r.listen(out)
 	return r, nil
 }
 
+// plan is the command line of the machine, and what has to be there before it.
+func (r *Run) plan(m Machine) ([]string, error) {
+	if m.UserMode.Image == "" {
+		return append([]string{"qemu-system-x86_64"}, m.args()...), nil
+	}
+	var err error
+	if r.dir, err = os.MkdirTemp(filepath.Dir(m.Disk.Path), "usermode-"); err != nil {
+		return nil, err
+	}
+	disk := m.Disk.Path
+	if m.Log != "" {
+		if r.rec, err = newRecorder(r.ctx, m, r.dir); err != nil {
+			return nil, err
+		}
+		disk = r.rec.file
+	}
+	return m.UserMode.args(m, disk, r.dir)
+}
+
+// tidy ends what was there for the machine.
+func (r *Run) tidy() (err error) {
+	if r.rec != nil {
+		err = r.rec.close()
+	}
+	r.stop()
+	if r.dir != "" {
+		err = errors.Join(err, os.RemoveAll(r.dir))
+	}
+	return err
+}
+
 func (m Machine) args() []string {
-	args := []string{"-M", "q35,accel=tcg", "-cpu", "max", "-m", "192", "-nodefaults", "-no-user-config", "-display", "none",
+	args := []string{"-M", "q35,accel=tcg", "-cpu", "max", "-m", "256", "-nodefaults", "-no-user-config", "-display", "none",
 		"-serial", "stdio", "-smbios", "type=1,serial=" + m.Scenario.String()}
 	file := "driver=file,filename=" + m.Disk.Path
 	if m.Data != "" {
@@ -97,15 +140,19 @@ func (m Machine) args() []string {
 	default:
 		args = append(args, "-blockdev", file+",node-name=f0", "-blockdev", "driver=raw,node-name=d0,file=f0")
 	}
-	args = append(args, "-device", "nvme,drive=d0,serial=d0,bootindex=1")
+	if m.Kind.EFI && m.Slot == "" {
+		// Without a boot index: with one this firmware would set BootOrder by itself.
+		args = append(args, "-device", "nvme,drive=d0,serial=d0", "-drive", "if=pflash,unit=0,format=raw,readonly=on,file="+ovmfCode,
+			"-drive", "if=pflash,unit=1,format=raw,file="+m.Disk.Vars)
+	} else {
+		args = append(args, "-device", "nvme,drive=d0,serial=d0,bootindex=1")
+	}
 	if m.Stick != "" {
 		args = append(args, "-blockdev", "driver=file,read-only=on,node-name=s0,filename="+m.Stick, "-blockdev", "driver=raw,read-only=on,node-name=s1,file=s0",
 			"-device", "nvme,drive=s1,serial=s1")
 	}
 	if m.Slot != "" {
-		part := map[install.SlotName]int{install.SlotA: PartA, install.SlotB: PartB}[m.Slot]
-		args = append(args, "-no-reboot", "-kernel", m.Kernel.Image, "-append",
-			fmt.Sprintf("root=/dev/nvme0n1p%d rootwait ro quiet meshupd.slot=%s %s", part, m.Slot, kernelWords(m.Kind)))
+		args = append(args, "-no-reboot", "-kernel", m.Kernel.Image, "-append", kernelLine(m.Slot, m.Kind.Name))
 	}
 	return args
 }
@@ -167,7 +214,11 @@ func (r *Run) Rest() ([]Line, error) {
 
 // Cut cuts the power: nothing that the machine still wanted to do is done. It returns the markers that came and were not taken.
 func (r *Run) Cut() ([]Line, error) {
-	if err := r.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+	if r.cmd.ProcessState != nil {
+		return nil, nil // it has ended, and its number may be another's
+	}
+	// The group: a user-mode kernel is several processes.
+	if err := syscall.Kill(-r.cmd.Process.Pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
 		return nil, err
 	}
 	rest, err := r.Rest()
@@ -182,12 +233,15 @@ func (r *Run) Close() error {
 
 // end waits for the process. That it was killed is no error.
 func (r *Run) end() error {
-	defer r.stop()
 	var exit *exec.ExitError
-	if err := r.cmd.Wait(); err != nil && !errors.As(err, &exit) && !strings.Contains(err.Error(), "already called") {
-		return err
+	err := r.cmd.Wait()
+	if err != nil && strings.Contains(err.Error(), "already called") {
+		return nil
 	}
-	return nil
+	if errors.As(err, &exit) {
+		err = nil
+	}
+	return errors.Join(err, r.tidy())
 }
 
 // Said is the whole serial line so far.

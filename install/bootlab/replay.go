@@ -165,10 +165,10 @@ func (r *Replay) judge(where string, linux bool) {
 }
 
 func (r *Replay) turn() turned {
-	key := r.disk.sums[PartBoot]
+	key := r.disk.sums[r.Kind.Boot()]
 	found, known := r.turns[key]
 	if !known {
-		found.turn, found.err = r.Kind.Turn(r.disk.part(PartBoot), r.scratch)
+		found.turn, found.err = r.Kind.Turn(r.disk.part(r.Kind.Boot()), r.scratch)
 		r.turns[key] = found
 	}
 	return found
@@ -185,11 +185,28 @@ func (r *Replay) holds(slot install.SlotName) string {
 }
 
 func (r *Replay) judgeLinux() (Harm, string) {
-	key := [2]uint64{r.disk.sums[PartBoot], r.disk.sums[PartData]}
+	key := [2]uint64{r.disk.sums[r.Kind.Boot()], r.disk.sums[PartData]}
 	v, known := r.views[key]
 	if !known {
-		v = viewOf(r.Kind, r.disk.part(PartBoot), r.disk.part(PartData), r.scratch)
+		v = viewOf(r.Kind, r.disk.part(r.Kind.Boot()), r.disk.part(PartData), r.scratch)
 		r.views[key] = v
 	}
 	return v.judge(r.Story, r.stand, r.holds)
+}
+
+// Add counts another part of the same run.
+func (c *Count) Add(more Count) {
+	c.Entries, c.Flushes = c.Entries+more.Entries, c.Flushes+more.Flushes
+	c.Prefixes, c.Subsets, c.Torn = c.Prefixes+more.Prefixes, c.Subsets+more.Subsets, c.Torn+more.Torn
+	c.Boots, c.Views = c.Boots+more.Boots, c.Views+more.Views
+	if c.Behind == nil {
+		c.Behind, c.Harm = make(map[Stand]int), make(map[Harm]int)
+	}
+	for stand, n := range more.Behind {
+		c.Behind[stand] += n
+	}
+	for harm, n := range more.Harm {
+		c.Harm[harm] += n
+	}
+	c.First = append(c.First, more.First...)
 }

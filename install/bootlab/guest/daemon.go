@@ -107,8 +107,8 @@ func startDaemon() (*exec.Cmd, error) {
 	if err := unix.Mount(data, "/data", "ext4", 0, ""); err != nil {
 		return nil, fmt.Errorf("mount the data: %w", err)
 	}
-	if err := unix.Mount(device(bootlab.PartBoot), "/boot", kind.FS, 0, ""); err != nil {
-		return nil, fmt.Errorf("mount the boot partition: %w", err)
+	if _, err := mountBoot(kind); err != nil {
+		return nil, err
 	}
 	if err := loopbackUp(); err != nil {
 		return nil, err

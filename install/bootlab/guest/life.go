@@ -67,7 +67,7 @@ func (g *guest) plugged(ctx context.Context) (*verify.Release, error) {
 	if g.sc.Look {
 		return nil, nil
 	}
-	if err := waitFor(stick); err != nil {
+	if err := waitFor(stick()); err != nil {
 		return nil, err
 	}
 	b, done, err := openBundle()
@@ -83,7 +83,7 @@ func (g *guest) plugged(ctx context.Context) (*verify.Release, error) {
 }
 
 func openBundle() (*verify.UnverifiedBundle, func(), error) {
-	f, err := os.Open(stick)
+	f, err := os.Open(stick())
 	if err != nil {
 		return nil, nil, err
 	}

@@ -8,6 +8,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -72,7 +73,7 @@ func run(ctx context.Context) error {
 // setUp makes a file system tree of what the kernel started.
 func setUp() error {
 	for _, m := range [][2]string{{"devtmpfs", "/dev"}, {"proc", "/proc"}, {"sysfs", "/sys"}, {"tmpfs", "/run"}} {
-		if err := unix.Mount(m[0], m[1], m[0], 0, ""); err != nil {
+		if err := unix.Mount(m[0], m[1], m[0], 0, ""); err != nil && !errors.Is(err, unix.EBUSY) { // some kernels have mounted it
 			return fmt.Errorf("mount %s: %w", m[1], err)
 		}
 	}
@@ -86,8 +87,11 @@ func toConsole() {
 	}
 }
 
-// scenario reads the serial number of the machine.
+// scenario reads the serial number of the machine; a user-mode kernel has none, and gets a word instead.
 func scenario() (bootlab.Scenario, error) {
+	if text := word("lab.scenario"); text != "" {
+		return bootlab.ParseScenario(text)
+	}
 	text, err := os.ReadFile("/sys/class/dmi/id/product_serial")
 	if err != nil {
 		return bootlab.Scenario{}, err
@@ -142,7 +146,7 @@ func slotsOf(ctx context.Context, sc bootlab.Scenario) (*install.Block, error) {
 	if err != nil {
 		return nil, err
 	}
-	boot, err := mounts(kind.FS)
+	boot, err := mounts(kind)
 	if err != nil {
 		return nil, err
 	}
