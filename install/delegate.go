@@ -128,6 +128,8 @@ type opened struct{ m medium }
 
 func (o opened) open(loaderEnv) (medium, error) { return o.m, nil }
 
+func (o opened) places() []string { return nil }
+
 // Start implements the first call of a daemon, and gives up what was started or armed without a whole record.
 func (d *Delegate) Start(ctx context.Context) error {
 	if err := d.pair.Start(ctx); err != nil {

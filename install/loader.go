@@ -15,6 +15,8 @@ import (
 type Loader interface {
 	// open returns what the bootloader reads. Errors are E-CONFIG.
 	open(env loaderEnv) (medium, error)
+	// places are the files or folders that it reads and that are written here.
+	places() []string
 }
 
 // loaderEnv is what a medium is given by its device.

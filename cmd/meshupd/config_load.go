@@ -45,18 +45,38 @@ func loadConfig(path string) (Config, error) {
 }
 
 func configFiles(path string) ([]configFile, error) {
+	return configFilesIn(hostFiles{}, path)
+}
+
+// fileSource is where config files are read: this system, or the tree of an image.
+type fileSource interface {
+	// ReadFile reads a file of at most that many bytes.
+	ReadFile(name string, most int64) ([]byte, error)
+	// Glob lists the paths in a folder whose names end so, in ascending order; no folder is an empty one.
+	Glob(dir, suffix string) ([]string, error)
+}
+
+type hostFiles struct{}
+
+func (hostFiles) ReadFile(name string, most int64) ([]byte, error) { return readFileMax(name, most) }
+
+func (hostFiles) Glob(dir, suffix string) ([]string, error) {
+	return filepath.Glob(filepath.Join(dir, "*"+suffix)) // sorted
+}
+
+func configFilesIn(src fileSource, path string) ([]configFile, error) {
 	paths := []string{path}
 	if path == "" {
 		paths = []string{vendorConfig, localConfig}
-		parts, err := filepath.Glob(filepath.Join(configParts, "*.toml"))
+		parts, err := src.Glob(configParts, ".toml")
 		if err != nil {
 			return nil, fmt.Errorf("list %s: %w", configParts, err)
 		}
-		paths = append(paths, parts...) // Glob sorts
+		paths = append(paths, parts...)
 	}
 	var files []configFile
 	for _, p := range paths {
-		data, err := readFileMax(p, maxConfig)
+		data, err := src.ReadFile(p, maxConfig)
 		if path == "" && errors.Is(err, fs.ErrNotExist) {
 			continue
 		}

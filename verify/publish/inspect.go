@@ -118,29 +118,39 @@ func Explain(ctx context.Context, path, anchor string, dev verify.Device, tell f
 			return nil, nil, err
 		}
 	}
+	var rules []verify.Rule
+	rel, err := withDoor(anchor, func(door *verify.Door) (rel *verify.Release, err error) {
+		rel, rules, err = ExplainAt(ctx, path, door, dev, tell)
+		if err == nil && isDir {
+			if err = checkSBOM(path, rel.Manifest()); err != nil {
+				rel, rules[len(rules)-1] = nil, refusedImages(err)
+			}
+		}
+		return rel, err
+	})
+	return rel, rules, err
+}
+
+// ExplainAt asks a door of the caller's for every rule and its verdict, and reads every byte of the images. It changes
+// nothing but what the door learns of the trust chain.
+func ExplainAt(ctx context.Context, path string, door *verify.Door, dev verify.Device, tell func(done, total int64)) (*verify.Release, []verify.Rule, error) {
 	bundle, done, err := open(path)
 	if err != nil {
 		return nil, nil, err
 	}
 	defer done()
-	var rules []verify.Rule
-	rel, err := withDoor(anchor, func(door *verify.Door) (rel *verify.Release, err error) {
-		if rel, rules, err = door.Explain(ctx, bundle.Head(), dev); err != nil {
-			rules = append(rules, verify.Rule{Name: ruleImages, Verdict: verify.VerdictNotReached})
-			return nil, err
-		}
-		last := verify.Rule{Name: ruleImages, Verdict: verify.VerdictGood, Detail: "every byte is what was signed"}
-		if err = verifyImages(ctx, bundle, rel, tell); err == nil && isDir {
-			err = checkSBOM(path, rel.Manifest())
-		}
-		if err != nil {
-			rel = nil
-			last = verify.Rule{Name: ruleImages, Verdict: verify.VerdictRefused, Code: verify.CodeOf(err), Detail: err.Error()}
-		}
-		rules = append(rules, last)
-		return rel, err
-	})
-	return rel, rules, err
+	rel, rules, err := door.Explain(ctx, bundle.Head(), dev)
+	if err != nil {
+		return nil, append(rules, verify.Rule{Name: ruleImages, Verdict: verify.VerdictNotReached}), err
+	}
+	if err := verifyImages(ctx, bundle, rel, tell); err != nil {
+		return nil, append(rules, refusedImages(err)), err
+	}
+	return rel, append(rules, verify.Rule{Name: ruleImages, Verdict: verify.VerdictGood, Detail: "every byte is what was signed"}), nil
+}
+
+func refusedImages(err error) verify.Rule {
+	return verify.Rule{Name: ruleImages, Verdict: verify.VerdictRefused, Code: verify.CodeOf(err), Detail: err.Error()}
 }
 
 // verifyImages reads the images to the end of the bundle.
