@@ -76,11 +76,9 @@ type BootView struct {
 
 // BootPlace is a file, or a folder, that the bootloader reads and Block writes.
 type BootPlace struct {
-	Path string
-	// System is the type of its file system, "" when it is none that is known here or nothing is there.
-	System   string
-	ReadOnly bool // its mount is read-only
-	Err      error
+	Path   string
+	System FileSystem
+	Err    error // nothing is there
 }
 
 // errRehearsed ends a step before it changes anything.
@@ -146,19 +144,25 @@ var fileSystems = map[int64]string{
 	0xe0f5e1e2: "erofs", 0xde5e81e4: "efivarfs", 0x24051905: "ubifs", 0xca451a4e: "bcachefs", 0x6969: "nfs",
 }
 
-// FileSystem names the type of the file system that a path lies on ("" when it is not known here), and whether it is read-only.
-func FileSystem(path string) (name string, readOnly bool, err error) {
+// FileSystem is what statfs(2) tells of the file system that a path lies on.
+type FileSystem struct {
+	Type     string // "" when it is not known here
+	ReadOnly bool
+	Free     int64 // bytes that an unprivileged process may still write
+}
+
+// FileSystemOf looks at a path that is there.
+func FileSystemOf(path string) (FileSystem, error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(path, &st); err != nil {
-		return "", false, &os.PathError{Op: "statfs", Path: path, Err: err}
+		return FileSystem{}, &os.PathError{Op: "statfs", Path: path, Err: err}
 	}
-	return fileSystems[int64(st.Type)&0xffffffff], st.Flags&unix.ST_RDONLY != 0, nil
+	return FileSystem{fileSystems[int64(st.Type)&0xffffffff], st.Flags&unix.ST_RDONLY != 0, int64(st.Bavail) * int64(st.Bsize)}, nil
 }
 
 func lookAt(path string) BootPlace {
-	p := BootPlace{Path: path}
-	p.System, p.ReadOnly, p.Err = FileSystem(path)
-	return p
+	fs, err := FileSystemOf(path)
+	return BootPlace{path, fs, err}
 }
 
 func (g GRUB) places() []string { return []string{g.Env} }

@@ -60,7 +60,7 @@ func TestInspectionChangesNothing(t *testing.T) {
 				t.Errorf("an inspection changed the boot state: %+v is %+v, %d files are %d", want, boot(t, l), len(before), len(after))
 			}
 			for _, p := range v.Places {
-				if p.Err != nil || p.ReadOnly {
+				if p.Err != nil || p.System.ReadOnly {
 					t.Errorf("place %+v", p)
 				}
 			}

@@ -105,6 +105,10 @@ func siteKey(file string) ([]byte, error) {
 	if err != nil {
 		return nil, verify.Refuse(verify.CodeConfig, "read the site key: %w", err)
 	}
+	return parseSiteKey(file, raw)
+}
+
+func parseSiteKey(file string, raw []byte) ([]byte, error) {
 	key := []byte(strings.TrimSpace(string(raw)))
 	if len(key) < 16 {
 		return nil, verify.Refuse(verify.CodeConfig, "the site key in %s has %d bytes, fewer than 16", file, len(key))

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -81,16 +80,6 @@ func (s SlotsConfig) delegate() install.Installer {
 	}
 }
 
-func openDelegate(ctx context.Context, cfg Config, restart []string) (startedSlots, error) {
-	folder := cfg.Slots.Folder
-	if folder == "" {
-		folder = filepath.Join(cfg.State, "slots")
-	}
-	return install.OpenDelegate(ctx, install.DelegateConfig{
-		Installer: cfg.Slots.delegate(),
-		BlockConfig: install.BlockConfig{
-			A: cfg.Slots.A, B: cfg.Slots.B, State: folder, FactoryVersion: cfg.Slots.Factory, Loader: cfg.Slots.bootloader(),
-			Starts: cfg.Slots.Starts, Restart: restart, RestartTimeout: time.Duration(cfg.Slots.RestartTimeout),
-		},
-	})
+func openDelegate(ctx context.Context, cfg Config) (startedSlots, error) {
+	return install.OpenDelegate(ctx, install.DelegateConfig{Installer: cfg.Slots.delegate(), BlockConfig: blockConfig(cfg)})
 }

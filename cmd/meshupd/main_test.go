@@ -63,6 +63,11 @@ func TestScripts(t *testing.T) {
 			env.Setenv("ACCESSIBLE", "")
 			env.Setenv("SOURCE_DATE_EPOCH", "1790000000")
 			env.Setenv("HOME", filepath.Join(env.WorkDir, "home"))
+			packaging, err := filepath.Abs("../../packaging")
+			if err != nil {
+				return err
+			}
+			env.Setenv("PACKAGING", packaging)
 			env.Setenv("MESHUPD_SOCKET", filepath.Join(env.WorkDir, "api.sock"))
 			return os.Mkdir(filepath.Join(env.WorkDir, "home"), 0o700)
 		},

@@ -10,6 +10,7 @@ import (
 // The groups of commands, by who types them.
 const (
 	groupEveryDay   = "every-day"
+	groupStuck      = "when-stuck"
 	groupPublisher  = "publisher"
 	groupIntegrator = "integrator"
 )
@@ -56,6 +57,7 @@ func newRootCmd(e *env) *cobra.Command {
 
 	root.AddGroup(
 		&cobra.Group{ID: groupEveryDay, Title: "EVERY DAY"},
+		&cobra.Group{ID: groupStuck, Title: "WHEN STUCK"},
 		&cobra.Group{ID: groupPublisher, Title: "PUBLISHER"},
 		&cobra.Group{ID: groupIntegrator, Title: "INTEGRATOR"})
 	add := func(group string, cmds ...*cobra.Command) {
@@ -65,6 +67,7 @@ func newRootCmd(e *env) *cobra.Command {
 		}
 	}
 	add(groupEveryDay, newStatusCmd(e), newImportCmd(e), newWaitCmd(e), newHistoryCmd(e), newRollbackCmd(e))
+	add(groupStuck, newDoctorCmd(e))
 	add(groupPublisher, newKeyCmd(e), newTrustCmd(e), newReleaseCmd(e))
 	add(groupIntegrator, newDaemonCmd(e), newApplyCmd(e), newConfigCmd(e), newDemoCmd(e), newVersionCmd(e))
 	root.SetHelpCommand(newHelpCmd(e))

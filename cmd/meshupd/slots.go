@@ -165,27 +165,36 @@ type startedSlots interface {
 	Start(ctx context.Context) error
 }
 
+// blockConfig is what the config says of two partitions, or of those that another installer writes.
+func blockConfig(cfg Config) install.BlockConfig {
+	restart := cfg.Slots.Restart
+	if len(restart) == 0 {
+		restart = nil
+	}
+	folder := cfg.Slots.Folder
+	if folder == "" {
+		folder = filepath.Join(cfg.State, "slots")
+	}
+	return install.BlockConfig{
+		A: cfg.Slots.A, B: cfg.Slots.B, State: folder, FactoryVersion: cfg.Slots.Factory, Loader: cfg.Slots.bootloader(),
+		Starts: cfg.Slots.Starts, Restart: restart, RestartTimeout: time.Duration(cfg.Slots.RestartTimeout), Discard: cfg.Slots.Discard,
+	}
+}
+
 func openSlots(ctx context.Context, cfg Config, log *slog.Logger) (startedSlots, error) {
 	restart := cfg.Slots.Restart
 	if len(restart) == 0 {
 		restart = nil
 	}
 	if cfg.Slots.Kind == "block" {
-		folder := cfg.Slots.Folder
-		if folder == "" {
-			folder = filepath.Join(cfg.State, "slots")
+		block := blockConfig(cfg)
+		block.Wrote = func(slot install.SlotName, written, same int64) {
+			log.Info("wrote a slot", "slot", slot, "written", written, "already_there", same)
 		}
-		return install.OpenBlock(ctx, install.BlockConfig{
-			A: cfg.Slots.A, B: cfg.Slots.B, State: folder, FactoryVersion: cfg.Slots.Factory, Loader: cfg.Slots.bootloader(),
-			Starts: cfg.Slots.Starts, Restart: restart, RestartTimeout: time.Duration(cfg.Slots.RestartTimeout),
-			Discard: cfg.Slots.Discard,
-			Wrote: func(slot install.SlotName, written, same int64) {
-				log.Info("wrote a slot", "slot", slot, "written", written, "already_there", same)
-			},
-		})
+		return install.OpenBlock(ctx, block)
 	}
 	if delegated(cfg.Slots.Kind) {
-		return openDelegate(ctx, cfg, restart)
+		return openDelegate(ctx, cfg)
 	}
 	if cfg.Slots.Kind == "container" {
 		return openContainers(ctx, cfg)

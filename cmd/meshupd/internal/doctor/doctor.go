@@ -32,6 +32,8 @@ type Finding struct {
 	Why    string      `json:"why,omitempty"`  // what will come of it
 	Fix    string      `json:"fix,omitempty"`  // what to do
 	Code   verify.Code `json:"code,omitempty"` // with which an update would be refused
+	// Beside is a check that has nothing to look at here, or none yet: not worth a line.
+	Beside bool `json:"-"`
 }
 
 // OK is a finding that there is nothing to do.
@@ -65,7 +67,9 @@ type Check[S any] struct {
 	ID string
 	// Needs says why the check cannot be made on this subject, or "". Nil: it always can.
 	Needs func(S) string
-	Look  func(ctx context.Context, s S) Finding
+	// Slow checks have no limit but that of ctx.
+	Slow bool
+	Look func(s S, ctx context.Context) Finding // the shape of a method of S
 }
 
 // patience bounds one check: whatever hangs must not keep the others from being told.
@@ -87,12 +91,17 @@ func Run[S any](ctx context.Context, s S, checks []Check[S], tell func(Finding))
 func (c Check[S]) run(ctx context.Context, s S) Finding {
 	if c.Needs != nil {
 		if why := c.Needs(s); why != "" {
-			return Skip("%s", why)
+			f := Skip("%s", why)
+			f.Beside = true
+			return f
 		}
+	}
+	if c.Slow {
+		return c.Look(s, ctx)
 	}
 	limited, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	return c.Look(limited, s)
+	return c.Look(s, limited)
 }
 
 // Counts sums findings up.
