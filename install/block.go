@@ -274,7 +274,7 @@ func (b *Block) Wrote() (written, same int64) {
 	return b.blocks.written, b.blocks.same
 }
 
-func (b *blockCells) check(ctx context.Context, slot SlotName, img verify.Image) error {
+func (b *blockCells) check(ctx context.Context, slot SlotName, img verify.Image, further func()) error {
 	var r *slotReader
 	err := b.cfg.step("image.open", func() (err error) {
 		r, err = openSlotReader(b.paths[slot], img.Content.Size)
@@ -286,5 +286,5 @@ func (b *blockCells) check(ctx context.Context, slot SlotName, img verify.Image)
 		}
 		return mediumError(err, "read image "+img.Name+" back", 0)
 	}
-	return readBack(ctx, r, slot, img)
+	return readBack(ctx, r, slot, img, further)
 }

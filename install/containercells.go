@@ -160,7 +160,7 @@ func (c *containerCells) put(ctx context.Context, slot SlotName, img verify.Imag
 
 // check compares what the engine says it has with what the verified archive said. The engine compared every layer with its
 // digest while it unpacked it; its files are not read again here.
-func (c *containerCells) check(ctx context.Context, slot SlotName, img verify.Image) error {
+func (c *containerCells) check(ctx context.Context, slot SlotName, img verify.Image, _ func()) error {
 	pins, err := c.pins(slot)
 	if err != nil {
 		return mediumError(err, "read image "+img.Name+" back", 0)

@@ -84,7 +84,7 @@ func (d *delegateCells) put(ctx context.Context, slot SlotName, img verify.Image
 	return d.disarm(ctx)
 }
 
-func (d *delegateCells) check(ctx context.Context, slot SlotName, img verify.Image) error {
+func (d *delegateCells) check(ctx context.Context, slot SlotName, img verify.Image, _ func()) error {
 	err := d.step("image.open", func() error { return d.courier.check(ctx, slot, img) })
 	if err != nil {
 		return mediumError(err, "look at what slot "+string(slot)+" holds", 0)

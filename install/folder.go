@@ -217,7 +217,7 @@ func (f *folder) put(_ context.Context, slot SlotName, img verify.Image, fill fu
 	return mediumError(f.cfg.step("image.commit", file.Commit), what, img.Content.Size)
 }
 
-func (f *folder) check(ctx context.Context, slot SlotName, img verify.Image) error {
+func (f *folder) check(ctx context.Context, slot SlotName, img verify.Image, further func()) error {
 	var file *os.File
 	err := f.cfg.step("image.open", func() (err error) {
 		file, err = os.OpenFile(f.imagePath(slot, img), os.O_RDONLY|unix.O_NOFOLLOW, 0)
@@ -232,7 +232,7 @@ func (f *folder) check(ctx context.Context, slot SlotName, img verify.Image) err
 	// The pages are clean since Commit, so this makes the kernel read them from the medium. A file system that
 	// knows no page cache may refuse, and needs no asking.
 	_ = unix.Fadvise(int(file.Fd()), 0, 0, unix.FADV_DONTNEED)
-	return readBack(ctx, file, slot, img)
+	return readBack(ctx, file, slot, img, further)
 }
 
 // coded gives err a code unless it has one.

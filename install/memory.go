@@ -212,13 +212,13 @@ func (m *memoryView) put(_ context.Context, slot SlotName, img verify.Image, fil
 	return mediumError(m.step("image.commit", func() { m.slots[slot][img.Name] = data.Bytes() }), what, img.Content.Size)
 }
 
-func (m *memoryView) check(ctx context.Context, slot SlotName, img verify.Image) error {
+func (m *memoryView) check(ctx context.Context, slot SlotName, img verify.Image, further func()) error {
 	var data []byte
 	err := m.step("image.open", func() { data = m.slots[slot][img.Name] })
 	if err != nil {
 		return mediumError(err, "read image "+img.Name+" back", 0)
 	}
-	return readBack(ctx, io.NopCloser(bytes.NewReader(data)), slot, img)
+	return readBack(ctx, io.NopCloser(bytes.NewReader(data)), slot, img, further)
 }
 
 // Digests returns the digest of each image that a slot holds.

@@ -84,7 +84,7 @@ func (p *pair) Write(ctx context.Context, rel *verify.Release, images []verify.I
 		if err := p.cells.put(ctx, slot, img, filling(ctx, img, open, meter)); err != nil {
 			return err
 		}
-		if err := p.cells.check(ctx, slot, img); err != nil {
+		if err := p.cells.check(ctx, slot, img, func() { meter.add(0) }); err != nil {
 			return err
 		}
 	}

@@ -104,7 +104,7 @@ func (b *Block) Adopt(ctx context.Context, rel *verify.Release, images []verify.
 	if err := b.blocks.close(slot, img); err != nil {
 		return err
 	}
-	if err := b.cells.check(ctx, slot, img); err != nil {
+	if err := b.cells.check(ctx, slot, img, func() { meter.add(0) }); err != nil {
 		return err
 	}
 	meter.add(int(img.Content.Size))

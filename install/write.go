@@ -25,8 +25,9 @@ type cells interface {
 	clear(ctx context.Context, slot SlotName, keep []verify.Image) error
 	// put makes the image's file, durable when it returns nil.
 	put(ctx context.Context, slot SlotName, img verify.Image, fill func(io.Writer) error) error
-	// check compares what the medium holds, not a cache of what was written, with what was signed. A difference is E-SLOT.
-	check(ctx context.Context, slot SlotName, img verify.Image) error
+	// check compares what the medium holds, not a cache of what was written, with what was signed. A difference is E-SLOT. It calls
+	// further now and then while it reads, so that a long one is not taken for one that hangs.
+	check(ctx context.Context, slot SlotName, img verify.Image, further func()) error
 }
 
 // maxWindow bounds the memory that a zstd frame can ask of the decoder.
@@ -192,7 +193,7 @@ func noContainer(images []verify.Image) error {
 }
 
 // readBack compares what r, opened past every cache, yields with what was signed, and closes it.
-func readBack(ctx context.Context, r io.ReadCloser, slot SlotName, img verify.Image) error {
+func readBack(ctx context.Context, r io.ReadCloser, slot SlotName, img verify.Image, further func()) error {
 	defer r.Close()
 	sum := sha256.New()
 	in := io.LimitReader(r, img.Content.Size+1)
@@ -205,6 +206,7 @@ func readBack(ctx context.Context, r io.ReadCloser, slot SlotName, img verify.Im
 		k, err := in.Read(buf)
 		n += int64(k)
 		sum.Write(buf[:k])
+		further()
 		if err == io.EOF {
 			break
 		}

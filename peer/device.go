@@ -36,6 +36,7 @@ type view struct {
 // live is the loop: observe, next, do one step, wait.
 func (n *Node) live(ctx context.Context) error {
 	if n.cfg.Starter != nil {
+		n.pulse.beat("start", n.quietFor(StepRestart))
 		if err := n.cfg.Starter(ctx); err != nil {
 			n.setTrouble(err)
 			n.log.Error("start the slots", "code", verify.CodeOf(err), "err", err)
@@ -44,6 +45,7 @@ func (n *Node) live(ctx context.Context) error {
 	var pause time.Duration // grows while the same trouble lasts
 	for ctx.Err() == nil {
 		looked := time.Now()
+		n.pulse.beat("look", quietLook)
 		v, err := n.observe(ctx)
 		if err == nil {
 			step := next(v.facts)
@@ -60,6 +62,7 @@ func (n *Node) live(ctx context.Context) error {
 				continue
 			}
 			n.log.Info("step", "do", step.String(), "state", v.state, "target", versionOf(v.target))
+			n.pulse.beat(step.String(), n.quietFor(step))
 			if err = n.do(ctx, step, v); err == nil {
 				pause = 0
 				n.setTrouble(nil)
@@ -90,6 +93,7 @@ func (n *Node) idleFor(v view) time.Duration {
 }
 
 func (n *Node) wait(ctx context.Context, longest time.Duration) {
+	n.pulse.beat("wait", longest+quietLook)
 	timer := time.NewTimer(longest)
 	defer timer.Stop()
 	select {
@@ -101,6 +105,7 @@ func (n *Node) wait(ctx context.Context, longest time.Duration) {
 
 // pauseFor waits out a back-off: a wake must not turn trouble into a busy loop.
 func (n *Node) pauseFor(ctx context.Context, d time.Duration) {
+	n.pulse.beat("pause", d+quietLook)
 	timer := time.NewTimer(d)
 	defer timer.Stop()
 	select {
@@ -511,6 +516,7 @@ func (n *Node) setHealth(h HealthFact) {
 }
 
 func (n *Node) setWriting(p progress) {
+	n.pulse.again()
 	n.mu.Lock()
 	n.writing = p
 	n.mu.Unlock()

@@ -49,6 +49,9 @@ type Config struct {
 	Learn func(ctx context.Context, rel *verify.Release) error
 	// Health proves the running slot healthy or says why not. nil: healthy by having started.
 	Health func(ctx context.Context, slot install.SlotName, version string) error
+	// Quiet, if not nil, says how long a step may go without a sign of progress, by the deadlines of what it runs; see Node.Alive.
+	// What is less than five minutes counts as five.
+	Quiet  func(Step) time.Duration
 	Policy Policy
 	// Hold, if not nil, says whether the new version may be armed and started now, and if not, why and when to ask again.
 	Hold func() (hold HoldFact, why string, again time.Duration)
@@ -77,7 +80,8 @@ type Node struct {
 	history  *History
 	origin   *origins
 	// wake asks the loop for another look; a full channel already holds the request.
-	wake chan struct{}
+	wake  chan struct{}
+	pulse pulse // of the loop
 
 	refusals map[verify.Digest]int // by the installer, since the daemon started; the loop owns it
 

@@ -35,6 +35,8 @@ type resident struct {
 	at     netip.AddrPort
 	slots  *install.Memory
 	hold   func() (HoldFact, string, time.Duration)
+	over   func(install.Slots) install.Slots // stands over the slots; nil: nothing does
+	quiet  func(Step) time.Duration
 	hints  chan discovery.Hint
 	cancel context.CancelFunc
 	ended  chan error
@@ -69,8 +71,12 @@ func inTown(t *testing.T, n int, factory string, story func(w *town, devices []*
 func (r *resident) start() {
 	r.town.t.Helper()
 	r.hints = make(chan discovery.Hint, 64)
+	slots := install.Slots(r.slots)
+	if r.over != nil {
+		slots = r.over(slots)
+	}
 	node, err := New(Config{Name: r.at.String(), Product: "kiosk-a", Hardware: "x", StateDir: r.dir, Anchor: r.town.vendor.Anchor(),
-		Slots: r.slots, Hold: r.hold, Policy: PolicyInstall, Listen: []netip.AddrPort{r.at}, LAN: r.town.lan.at(r.at.Addr()),
+		Slots: slots, Hold: r.hold, Quiet: r.quiet, Policy: PolicyInstall, Listen: []netip.AddrPort{r.at}, LAN: r.town.lan.at(r.at.Addr()),
 		Finders: func(discovery.Advert) []Finder { return []Finder{fakeFinder{r.hints}} }, Log: testLog(r.at.String())})
 	if err != nil {
 		r.town.t.Fatal(err)

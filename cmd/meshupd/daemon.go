@@ -14,7 +14,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/sync/errgroup"
 
 	"meshupd/cmd/meshupd/internal/control"
@@ -32,15 +31,11 @@ const memoryLimit = 48 << 20
 func runDaemon(ctx context.Context, cfg Config, log *slog.Logger) error {
 	debug.SetGCPercent(50)
 	debug.SetMemoryLimit(memoryLimit)
-	inst, err := openInstaller(ctx, cfg, log)
-	if err != nil {
+	var node *peer.Node
+	err := extending(saySystemd, func() (err error) {
+		node, err = openNode(ctx, cfg, log)
 		return err
-	}
-	pcfg, err := nodeConfig(cfg, inst, log)
-	if err != nil {
-		return err
-	}
-	node, err := peer.New(pcfg)
+	})
 	if err != nil {
 		return err
 	}
@@ -56,7 +51,7 @@ func runDaemon(ctx context.Context, cfg Config, log *slog.Logger) error {
 	g.Go(func() error { return node.Run(ctx) })
 	g.Go(func() error { return server.Serve(ctx, ln) })
 	g.Go(func() error { return writeState(ctx, node, filepath.Join(cfg.Run, "state")) })
-	g.Go(func() error { return notifySystemd(ctx) })
+	g.Go(func() error { return newGuard(node.Alive, log).run(ctx) })
 	log.Info("started", "name", cfg.Name, "product", cfg.Product, "id", node.ID(), "socket", cfg.Socket())
 	err = g.Wait()
 	if errors.Is(err, context.Canceled) {
@@ -64,6 +59,18 @@ func runDaemon(ctx context.Context, cfg Config, log *slog.Logger) error {
 	}
 	log.Info("stopped", "err", err)
 	return err
+}
+
+func openNode(ctx context.Context, cfg Config, log *slog.Logger) (*peer.Node, error) {
+	inst, err := openInstaller(ctx, cfg, log)
+	if err != nil {
+		return nil, err
+	}
+	pcfg, err := nodeConfig(cfg, inst, log)
+	if err != nil {
+		return nil, err
+	}
+	return peer.New(pcfg)
 }
 
 var policies = map[string]peer.Policy{
@@ -85,7 +92,7 @@ func nodeConfig(cfg Config, inst installer, log *slog.Logger) (peer.Config, erro
 		Name: cfg.Name, Product: cfg.Product, Hardware: cfg.Hardware, Channel: cfg.Channel,
 		BuildTime: buildTime(), Meshupd: buildVersion().Version,
 		StateDir: cfg.State, Anchor: cfg.Trust, Reserve: int64(cfg.Store.Reserve), Relay: int64(cfg.Store.Relay),
-		Slots: inst, Straight: straight, Wrote: inst.wrote(), Takes: cfg.Slots.takes(), Starter: inst.Start, Learn: inst.learn, Health: inst.Check,
+		Slots: inst, Straight: straight, Wrote: inst.wrote(), Takes: cfg.Slots.takes(), Starter: inst.Start, Learn: inst.learn, Health: inst.Check, Quiet: cfg.quiet,
 		Policy: policies[cfg.Policy.Auto], Hold: func() (peer.HoldFact, string, time.Duration) { return cfg.Policy.hold(time.Now()) }, SiteKey: key,
 		ListenNow: func() []netip.AddrPort { return listenAddrs(cfg.Mesh) },
 		Finders:   func(ad discovery.Advert) []peer.Finder { return finders(cfg.Mesh, ad, log) },
@@ -224,31 +231,6 @@ func writeState(ctx context.Context, node *peer.Node, path string) error {
 			timer.Stop()
 			return ctx.Err()
 		case <-timer.C:
-		}
-	}
-}
-
-// notifySystemd says that the daemon is ready, and keeps its watchdog quiet. Without systemd it does nothing.
-func notifySystemd(ctx context.Context) error {
-	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
-		return fmt.Errorf("tell systemd: %w", err)
-	}
-	every, err := daemon.SdWatchdogEnabled(false)
-	if err != nil || every == 0 {
-		<-ctx.Done()
-		return ctx.Err()
-	}
-	tick := time.NewTicker(every / 2)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
-			return ctx.Err()
-		case <-tick.C:
-			if _, err := daemon.SdNotify(false, daemon.SdNotifyWatchdog); err != nil {
-				return fmt.Errorf("tell systemd: %w", err)
-			}
 		}
 	}
 }

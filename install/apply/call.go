@@ -22,6 +22,7 @@ type call struct {
 
 	mu   sync.Mutex // orders the lines that are written, and owns:
 	told time.Time
+	full bool // the end of the progress was told; reading back goes on
 	gone context.CancelCauseFunc
 }
 
@@ -104,10 +105,10 @@ func (c *call) listen(done <-chan struct{}) error {
 
 // progress tells the client and waits until it took note: a client that stopped is noticed before the next chunk.
 func (c *call) progress(ctx context.Context, done, total int64) {
-	if done < total && time.Since(c.told) < progressEvery || total == 0 {
+	if (done < total || c.full) && time.Since(c.told) < progressEvery || total == 0 {
 		return
 	}
-	c.told = time.Now()
+	c.told, c.full = time.Now(), done == total
 	c.send(answer{Done: done, Total: total})
 	limit := time.NewTimer(ackTime)
 	defer limit.Stop()
