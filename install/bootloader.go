@@ -10,6 +10,7 @@ type BootState struct {
 	Trial   SlotName // set when armed or on trial
 	Left    int      // starts of Trial that are left
 	Failed  SlotName // of the last trial that fell back, until it is taken note of
+	Why     string   // what is known of that, when the slot did not live to say it itself; at most 280 characters
 }
 
 // Bootloader chooses the slot of the next start. It knows nothing of what the

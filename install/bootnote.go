@@ -44,6 +44,9 @@ type bootNote struct {
 	Trial  SlotName `json:"trial,omitempty"`  // armed, and neither confirmed nor given up since
 	More   int      `json:"more,omitempty"`   // its starts beyond those that the medium counts
 	Failed SlotName `json:"failed,omitempty"` // as in BootState
+	Why    string   `json:"why,omitempty"`    // as in BootState
+	Starts int      `json:"starts,omitempty"` // that Trial was given
+	Armed  int64    `json:"armed,omitempty"`  // when it was, in seconds since 1970
 	// Over is the slot that still runs, in the start of the machine that BootID names, though its trial is over. Without
 	// the id it would be taken for the first start of a later trial.
 	Over   SlotName `json:"over,omitempty"`
@@ -61,7 +64,7 @@ func parseNote(data []byte) (bootNote, error) {
 			return bootNote{}, verify.Refuse(verify.CodeBoot, "read the note of the boot state: a slot is neither a nor b")
 		}
 	}
-	if n.More < 0 || n.More > maxStarts || len(n.BootID) > maxBootID {
+	if len(n.Why) > 4*maxWhy || n.Starts < 0 || n.Starts > maxStarts || n.More < 0 || n.More > maxStarts || len(n.BootID) > maxBootID {
 		return bootNote{}, verify.Refuse(verify.CodeBoot, "read the note of the boot state: a number is out of range")
 	}
 	return n, nil
@@ -102,7 +105,21 @@ func (v view) state() BootState {
 	case v.note.Trial != v.Default:
 		st.Failed = v.note.Trial
 	}
+	if st.Failed != "" {
+		st.Why = v.why(st.Failed)
+	}
 	return st
+}
+
+// why is what is known of a trial that fell back. One that was given up was given a reason by whoever did it.
+func (v view) why(failed SlotName) string {
+	switch {
+	case failed == "" || v.note.Failed != "":
+		return v.note.Why
+	case v.note.Trial == failed && v.note.Starts > 0:
+		return startedWhy(v.note.Starts - v.left(failed))
+	}
+	return startedWhy(0)
 }
 
 // left is the number of starts that a trial still has.
@@ -131,7 +148,7 @@ func (v view) resume() (note bootNote, next choice, write bool) {
 	switch st := v.state(); {
 	case st.Phase == PhaseSettled:
 		// Also when nothing changed: bootloaders count the starts of the default slot too, and wait to be told that it is good.
-		return bootNote{Failed: st.Failed, Over: v.over(), BootID: v.note.BootID}, choice{Default: v.Default}, true
+		return bootNote{Failed: st.Failed, Why: v.why(st.Failed), Over: v.over(), BootID: v.note.BootID}, choice{Default: v.Default}, true
 	case st.Phase == PhaseTrial && v.note.Trial != v.booted:
 		// Cut while it was armed. A fallback would go unnoticed by bootloaders that keep no trace of one.
 		return bootNote{Trial: v.booted, BootID: v.id}, next, false

@@ -19,6 +19,10 @@ type bootRecord struct {
 	Trial   SlotName `json:"trial,omitempty"`
 	Left    int      `json:"left,omitempty"`
 	Failed  SlotName `json:"failed,omitempty"`
+	Why     string   `json:"why,omitempty"` // beside Failed, when nobody but this record knows
+
+	Starts int   `json:"starts,omitempty"` // that the trial was given
+	Armed  int64 `json:"armed,omitempty"`  // when it was, in seconds since 1970
 
 	// Open is true from before the pointer is switched until the restart command has completed.
 	Open bool `json:"open,omitempty"`
@@ -52,6 +56,10 @@ func (r bootRecord) wrong() string {
 		return "a slot is neither a nor b"
 	case r.Failed != "" && (!r.Failed.valid() || r.Phase != PhaseSettled):
 		return "the failed slot does not fit the phase"
+	case len(r.Why) > 4*maxWhy || r.Why != "" && r.Failed == "":
+		return "the reason of the failed slot does not fit"
+	case r.Starts < 0 || r.Starts > maxStarts:
+		return "the starts of the trial are out of range"
 	case len(r.BootID) > maxBootID:
 		return "the boot id is too long"
 	case r.Reruns < 0 || r.Reruns > maxReruns:
@@ -79,7 +87,7 @@ func (r bootRecord) wrong() string {
 func (s SlotName) valid() bool { return s == SlotA || s == SlotB }
 
 func (r bootRecord) state() BootState {
-	return BootState{Phase: r.Phase, Booted: r.Booted, Default: r.Default, Trial: r.Trial, Left: r.Left, Failed: r.Failed}
+	return BootState{Phase: r.Phase, Booted: r.Booted, Default: r.Default, Trial: r.Trial, Left: r.Left, Failed: r.Failed, Why: r.Why}
 }
 
 // target is the slot that a start boots now.
@@ -92,18 +100,18 @@ func (r bootRecord) target() SlotName {
 
 // armed returns the record after Try of a slot that is neither booted nor default.
 func (r bootRecord) armed(slot SlotName, starts int, bootID string) bootRecord {
-	return bootRecord{Phase: PhaseArmed, Booted: r.Booted, Default: r.Default, Trial: slot, Left: starts, BootID: bootID}
+	return bootRecord{Phase: PhaseArmed, Booted: r.Booted, Default: r.Default, Trial: slot, Left: starts, Starts: starts, BootID: bootID}
 }
 
 // settledOn returns the record without a trial.
 func (r bootRecord) settledOn(slot SlotName) bootRecord {
-	r.Phase, r.Default, r.Trial, r.Left, r.Reruns = PhaseSettled, slot, "", 0, 0
+	r.Phase, r.Default, r.Trial, r.Left, r.Reruns, r.Starts, r.Armed = PhaseSettled, slot, "", 0, 0, 0, 0
 	return r
 }
 
 // fallenBack returns the record after the trial was given up. What was booted stays so until the default runs again.
 func (r bootRecord) fallenBack() bootRecord {
-	r.Failed = r.Trial
+	r.Failed, r.Why = r.Trial, ""
 	return r.settledOn(r.Default)
 }
 
@@ -116,7 +124,9 @@ func (r bootRecord) begin(bootID string) bootRecord {
 		r.Phase, r.Booted = PhaseTrial, r.Trial
 		r.Left--
 	case r.Phase == PhaseTrial:
+		why := startedWhy(r.Starts)
 		r = r.fallenBack()
+		r.Why = why
 	}
 	r.Open, r.BootID = true, bootID
 	return r

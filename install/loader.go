@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"meshupd/verify"
 	"meshupd/verify/durable"
@@ -125,7 +126,7 @@ func (l *loader) Try(ctx context.Context, slot SlotName, starts int) error {
 		if err := l.save(ctx, choice{Default: st.Default, Trial: slot, Left: counted}); err != nil {
 			return err
 		}
-		return l.keep.save(bootNote{Trial: slot, More: starts - counted, BootID: v.id})
+		return l.keep.save(bootNote{Trial: slot, More: starts - counted, Starts: starts, Armed: time.Now().Unix(), BootID: v.id})
 	case st.Phase == PhaseArmed:
 		// The note first: a note of a trial that the medium does not know is a trial that failed.
 		if err := l.keep.save(bootNote{BootID: v.id}); err != nil {
@@ -193,6 +194,9 @@ func (l *loader) start(ctx context.Context) error {
 		return err
 	}
 	note, next, write := v.resume()
+	if note.Why != v.note.Why && note.Why != "" {
+		note.Why = withLastWords(note.Why, pstoreFolders, time.Unix(v.note.Armed, 0))
+	}
 	if note != v.note {
 		if err := l.keep.save(note); err != nil {
 			return err

@@ -41,7 +41,7 @@ func (p *pair) State(ctx context.Context) (State, error) {
 	if err != nil {
 		return State{}, err
 	}
-	st := State{Phase: b.Phase, Booted: b.Booted, Default: b.Default, Trial: b.Trial, Left: b.Left, Failed: b.Failed,
+	st := State{Phase: b.Phase, Booted: b.Booted, Default: b.Default, Trial: b.Trial, Left: b.Left, Failed: b.Failed, Why: b.Why,
 		Slots: make(map[SlotName]Content, 2)}
 	for _, slot := range []SlotName{SlotA, SlotB} {
 		c, found, err := p.records.loadRecord(slot)

@@ -3,6 +3,7 @@ package install
 import (
 	"context"
 	"sync"
+	"time"
 
 	"meshupd/verify"
 )
@@ -69,7 +70,9 @@ func (p *pointer) Try(ctx context.Context, slot SlotName, starts int) error {
 		case r.Phase == PhaseTrial:
 			return r, verify.Refuse(verify.CodeBusy, "try slot %s: slot %s is on trial", slot, r.Trial)
 		case slot != r.Booted && slot != r.Default:
-			return r.armed(slot, starts, id), nil
+			r = r.armed(slot, starts, id)
+			r.Armed = time.Now().Unix()
+			return r, nil
 		case r.Phase == PhaseArmed:
 			return r.settledOn(r.Default), nil
 		default:
@@ -88,7 +91,7 @@ func (p *pointer) Confirm(ctx context.Context) error {
 		case r.Phase == PhaseTrial:
 			return r.settledOn(r.Trial), nil
 		default:
-			r.Failed = ""
+			r.Failed, r.Why = "", ""
 			return r, nil
 		}
 	})
@@ -168,6 +171,9 @@ func (p *pointer) switchTo(id string, decide func(bootRecord, string, SlotName) 
 		return old, deedNone, err
 	}
 	r, do := decide(old, id, at)
+	if r.Why != old.Why && r.Why != "" && p.machine {
+		r.Why = withLastWords(r.Why, pstoreFolders, time.Unix(old.Armed, 0))
+	}
 	if do == deedTake {
 		if r, err = p.bootable(r); err != nil {
 			return r, deedNone, err

@@ -54,6 +54,7 @@ type State struct {
 	Trial   SlotName             `json:"trial,omitempty"`  // set when armed or on trial
 	Left    int                  `json:"left,omitempty"`   // starts left before the old slot is taken again
 	Failed  SlotName             `json:"failed,omitempty"` // slot of a trial that fell back since the last Forget
+	Why     string               `json:"why,omitempty"`    // beside Failed: what is known, when the system on trial did not live to say it
 	Slots   map[SlotName]Content `json:"slots"`
 }
 

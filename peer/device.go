@@ -437,6 +437,10 @@ func (n *Node) confirm(ctx context.Context, v view) error {
 	if o, ok := n.origin.get(to.Release); ok {
 		by = o.Kind
 	}
+	// It failed here before, and was tried again: that is over.
+	if err := n.failures.Forgive(to.Release); err != nil {
+		n.log.Error("forget that a release failed, which is confirmed now", "err", err)
+	}
 	n.record(Event{Kind: EventConfirmed, From: from.Version, To: to.Version, Took: time.Since(started), By: by})
 	n.prune(to.Release, from.Release)
 	return nil
@@ -449,7 +453,7 @@ func (n *Node) recordFailure(ctx context.Context, v view) error {
 	if !known {
 		// The bootloader fell back by itself: nobody was left to say why.
 		f = install.Failure{Release: c.Release, Version: c.Version, Code: verify.CodeBoot,
-			Detail: "the new system was started and did not confirm itself", At: time.Now().UTC()}
+			Detail: orText(v.slots.Why, "the new system was started and did not confirm itself"), At: time.Now().UTC()}
 		if err := n.failures.Record(f); err != nil {
 			return fmt.Errorf("remember the failed release: %w", err)
 		}
@@ -563,6 +567,13 @@ func codeOr(err error, fallback verify.Code) verify.Code {
 		return c
 	}
 	return fallback
+}
+
+func orText(s, otherwise string) string {
+	if s == "" {
+		return otherwise
+	}
+	return s
 }
 
 func versionOf(rel *verify.Release) string {

@@ -479,3 +479,50 @@ func TestRestartIsHeld(t *testing.T) {
 		d[0].until("is back, though restarts are held", func() bool { return d[0].Site().Devices[0].Status.Version == "1.0.0" })
 	})
 }
+
+// A system on trial that never comes up leaves no word; the device that is back says how often it was started, in status
+// and history. A release that failed and is confirmed after all is not held against the device any more.
+func TestSilentFallbackIsExplained(t *testing.T) {
+	inTown(t, 1, "1.0.0", func(w *town, d []*resident) {
+		r := d[0]
+		release := w.vendor.Bundle(t, verifytest.Opts{Version: "1.1.0"})
+		r.stop()
+		r.slots = r.slots.Reopen(install.MemoryConfig{Restart: func(ctx context.Context, _ install.SlotName, _ install.Content) error {
+			<-ctx.Done() // the new system never comes up
+			return ctx.Err()
+		}}, false)
+		r.start()
+		r.takes(release)
+		r.until("is started", func() bool {
+			st, err := r.slots.State(t.Context())
+			return err == nil && st.Phase == install.PhaseTrial
+		})
+		r.stop()
+		r.slots = r.slots.Reopen(install.MemoryConfig{}, true)
+		if err := r.slots.Start(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		r.start()
+		want := "the new system was started once and did not confirm itself"
+		r.until("says why", func() bool {
+			st := r.Site().Devices[0].Status
+			return st.State == string(StateRolledBack) && st.Version == "1.0.0" && st.Reason != nil && st.Reason.Code == verify.CodeBoot && st.Reason.Detail == want
+		})
+		if e := r.History(r.ID(), 1); len(e) != 1 || e[0].Kind != EventRolledBack || e[0].Detail != want {
+			t.Errorf("history %+v", e)
+		}
+		if !r.failedHere(idOf(t, release)) {
+			t.Error("the failure was not kept")
+		}
+
+		// A person starts it by hand, and now it comes up.
+		if err := errors.Join(r.slots.Try(t.Context(), install.SlotB), r.slots.Restart(t.Context())); err != nil {
+			t.Fatal(err)
+		}
+		r.poke()
+		r.runs("1.1.0")
+		if r.failedHere(idOf(t, release)) {
+			t.Error("a release that is confirmed still counts as failed here")
+		}
+	})
+}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -231,6 +232,10 @@ func (s *Server) state(ctx context.Context) answer {
 				c.Version = c.Version[:256]
 			}
 			st.Slots[slot] = c
+		}
+		if st.Why != "" {
+			st.Why = plain(st.Why)
+			st.Why = strings.ToValidUTF8(st.Why[:min(len(st.Why), maxDetail)], "")
 		}
 		a.State = &st
 	}

@@ -115,7 +115,7 @@ func plausible(s *install.State) bool {
 	name := func(n install.SlotName, empty bool) bool {
 		return n == install.SlotA || n == install.SlotB || empty && n == ""
 	}
-	if !name(s.Booted, false) || !name(s.Default, false) || !name(s.Trial, true) || !name(s.Failed, true) || s.Left < 0 || len(s.Slots) > 2 {
+	if !name(s.Booted, false) || !name(s.Default, false) || !name(s.Trial, true) || !name(s.Failed, true) || s.Left < 0 || len(s.Slots) > 2 || len(s.Why) > maxDetail {
 		return false
 	}
 	for n := range s.Slots {

@@ -87,6 +87,7 @@ func bootUsedUp(t *testing.T, m *machine) {
 	}
 	failed := settled(install.SlotA)
 	failed.Failed = install.SlotB
+	failed.Why = "the new system was started 3 times and did not confirm itself"
 	for range 2 {
 		b = m.on(t)
 		wantBoot(t, b, failed)
