@@ -137,6 +137,8 @@ const (
 type BoardDisk struct {
 	Env  []byte // from the start of the first copy, at least to the end of the second
 	A, B []byte
+	// Log, if not "", is an empty file, where all writes to the disk are recorded.
+	Log string
 }
 
 // BoardStart is what one start of the board did.
@@ -189,7 +191,7 @@ func (b *Board) run(ctx context.Context, d *BoardDisk, fault BoardFault, listen 
 	if err := b.disk(ctx, d, path); err != nil {
 		return "", err
 	}
-	args, err := b.args(path, fault)
+	args, err := b.args(path, d.Log, fault)
 	if err != nil {
 		return "", err
 	}
@@ -232,7 +234,7 @@ func (b *Board) disk(ctx context.Context, d *BoardDisk, path string) error {
 	return patch(path, map[int64][]byte{boardEnv: d.Env, boardA: d.A, boardB: d.B})
 }
 
-func (b *Board) args(path string, fault BoardFault) ([]string, error) {
+func (b *Board) args(path, log string, fault BoardFault) ([]string, error) {
 	args := []string{"-M", "virt", "-cpu", "cortex-a53", "-m", "128", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-serial", "stdio", "-bios", BoardBIOS, "-drive", "if=pflash,unit=1,format=raw,readonly=on,file=" + b.flash,
 		"-device", "virtio-blk-device,drive=d0"}
@@ -251,7 +253,26 @@ func (b *Board) args(path string, fault BoardFault) ([]string, error) {
 		}
 		return append(args, "-blockdev", file, "-blockdev", "driver=blkdebug,node-name=d0,image=f0,config="+config), nil
 	}
+	if log != "" {
+		return append(args, "-blockdev", file, "-blockdev", "driver=file,filename="+log+",node-name=l0",
+			"-blockdev", "driver=blklogwrites,node-name=d0,file=f0,log=l0,log-super-update-interval=1"), nil
+	}
 	return append(args, "-blockdev", file, "-blockdev", "driver=raw,node-name=d0,file=f0"), nil
+}
+
+// ReadBoardLog reads what U-Boot wrote as if it had been to the boot partition of a Disk, where the environment is for the back end.
+func ReadBoardLog(path string) ([]Entry, error) {
+	if info, err := os.Stat(path); err != nil || info.Size() == 0 {
+		return nil, err // nothing was written
+	}
+	log, err := ReadLog(path, boardSize)
+	for i, e := range log {
+		if len(e.Data) > 0 && (e.At < boardEnv || e.At+int64(len(e.Data)) > boardA) {
+			return nil, fmt.Errorf("U-Boot writes to %d, where no environment is", e.At)
+		}
+		log[i].At += layout[PartBoot].at - boardEnv
+	}
+	return log, err
 }
 
 var boardTold = regexp.MustCompile(MarkerPrefix + `BOOT version=(\S+) .*\bmeshupd\.slot=([ab])\b`)
