@@ -84,6 +84,13 @@ func (r *roster) status(id peer.ID) (DeviceStatus, bool) {
 	return h.status, true
 }
 
+// size is the number of devices heard of.
+func (r *roster) size() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.heard)
+}
+
 // agedStatus is a signed status on its way to a newcomer.
 type agedStatus struct {
 	age    time.Duration

@@ -249,21 +249,29 @@ func (s DeviceStatus) dialable(loopback bool) []netip.AddrPort {
 
 // Times of telling.
 const (
-	tellGap      = time.Second           // between two statuses that differ only in numbers
+	tellGap      = time.Second // between two statuses that differ only in numbers, at a site of up to tellSite devices
+	tellSite     = 8
+	tellGapMax   = 5 * time.Second
 	tellUrgent   = 50 * time.Millisecond // between two whose State differs
 	heartbeatMin = 10 * time.Second
 	heartbeatMax = 15 * time.Second
 )
 
+// tellGapAt is the gap at a site of so many devices. Each of them passes on what all others say, so without it this
+// would grow with the site until no room is left for the image.
+func tellGapAt(devices int) time.Duration {
+	return min(max(tellGap, tellGap*time.Duration(devices)/tellSite), tellGapMax)
+}
+
 // tellAt says when the next status is due.
-func tellAt(lastSent time.Time, dirty, urgent bool, heartbeat time.Duration) time.Time {
+func tellAt(lastSent time.Time, dirty, urgent bool, gap, heartbeat time.Duration) time.Time {
 	switch {
 	case lastSent.IsZero():
 		return lastSent
 	case urgent:
 		return lastSent.Add(tellUrgent)
 	case dirty:
-		return lastSent.Add(tellGap)
+		return lastSent.Add(gap)
 	default:
 		return lastSent.Add(heartbeat)
 	}

@@ -148,11 +148,11 @@ func TestTellAt(t *testing.T) {
 		{"state changed", sent, true, true, tellUrgent},
 	}
 	for _, tt := range tests {
-		if got := tellAt(tt.sent, tt.dirty, tt.urgent, heartbeatMin).Sub(sent); got != tt.want {
+		if got := tellAt(tt.sent, tt.dirty, tt.urgent, tellGap, heartbeatMin).Sub(sent); got != tt.want {
 			t.Errorf("%s: after %v", tt.name, got)
 		}
 	}
-	if !tellAt(time.Time{}, false, false, heartbeatMin).IsZero() {
+	if !tellAt(time.Time{}, false, false, tellGap, heartbeatMin).IsZero() {
 		t.Error("the first status waits")
 	}
 }

@@ -104,9 +104,10 @@ func (t *teller) run(ctx context.Context) error {
 func newHeartbeat() time.Duration { return heartbeatMin + rand.N(heartbeatMax-heartbeatMin) }
 
 func (t *teller) due(heartbeat time.Duration) (at time.Time, ok bool) {
+	gap := tellGapAt(t.m.roster.size())
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return tellAt(t.sent, t.dirty, t.urgent, heartbeat), t.said
+	return tellAt(t.sent, t.dirty, t.urgent, gap, heartbeat), t.said
 }
 
 func (t *teller) send(ctx context.Context, now time.Time) {

@@ -18,6 +18,12 @@ func (s pieceSet) has(i int) bool { return s[i/64]&(1<<(i%64)) != 0 }
 func (s pieceSet) add(i int)      { s[i/64] |= 1 << (i % 64) }
 func (s pieceSet) remove(i int)   { s[i/64] &^= 1 << (i % 64) }
 
+func (s pieceSet) addAll(n int) {
+	for i := range n {
+		s.add(i)
+	}
+}
+
 func (s pieceSet) count() (n int) {
 	for _, w := range s {
 		n += bits.OnesCount64(w)

@@ -78,14 +78,21 @@ type peerConn struct {
 	once   sync.Once
 	closed func(*peerConn)
 
+	in         *inlet        // what the engine reads
 	down, up   *rate.Limiter // nil: no limit
 	got        atomic.Int64  // bytes read
 	writing    atomic.Bool
 	unanswered atomic.Int64 // bytes read while one write is blocked
+
+	mu    sync.Mutex
+	extra []byte // messages of our own, to be written before the engine's next
+
+	order    sync.Mutex // one writer at a time
+	flushing sync.WaitGroup
 }
 
 func newPeerConn(c net.Conn, addr *peerAddr, down, up *rate.Limiter, closed func(*peerConn)) *peerConn {
-	p := &peerConn{Conn: c, addr: addr, down: down, up: up, closed: closed}
+	p := &peerConn{Conn: c, in: newInlet(c), addr: addr, down: down, up: up, closed: closed}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	addr.conn.Store(p)
 	return p
@@ -94,15 +101,18 @@ func newPeerConn(c net.Conn, addr *peerAddr, down, up *rate.Limiter, closed func
 func (p *peerConn) RemoteAddr() net.Addr { return p.addr }
 
 // A stream that is closed already may refuse a deadline; its next Read or Write says so anyway.
-func (p *peerConn) SetDeadline(t time.Time) error      { _ = p.Conn.SetDeadline(t); return nil }
-func (p *peerConn) SetReadDeadline(t time.Time) error  { _ = p.Conn.SetReadDeadline(t); return nil }
+func (p *peerConn) SetDeadline(t time.Time) error {
+	_ = p.SetReadDeadline(t)
+	return p.SetWriteDeadline(t)
+}
+func (p *peerConn) SetReadDeadline(t time.Time) error  { p.in.setReadDeadline(t); return nil }
 func (p *peerConn) SetWriteDeadline(t time.Time) error { _ = p.Conn.SetWriteDeadline(t); return nil }
 
 func (p *peerConn) Read(b []byte) (int, error) {
 	if p.down != nil && len(b) > p.down.Burst() {
 		b = b[:p.down.Burst()]
 	}
-	n, err := p.Conn.Read(b)
+	n, err := p.in.Read(b)
 	p.got.Add(int64(n))
 	if p.writing.Load() && p.unanswered.Add(int64(n)) > maxUnanswered {
 		p.Close()
@@ -116,7 +126,36 @@ func (p *peerConn) Read(b []byte) (int, error) {
 	return n, err
 }
 
-func (p *peerConn) Write(b []byte) (n int, err error) {
+// say writes a message of our own between two writes of the engine, which writes whole messages. It does not block.
+func (p *peerConn) say(message []byte) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.ctx.Err() != nil {
+		return
+	}
+	if p.extra == nil {
+		p.flushing.Go(func() { _, _ = p.Write(nil) }) // an error is the engine's to find
+	}
+	p.extra = append(p.extra, message...)
+}
+
+func (p *peerConn) Write(b []byte) (int, error) {
+	p.order.Lock()
+	defer p.order.Unlock()
+	p.mu.Lock()
+	extra := p.extra
+	p.extra = nil
+	p.mu.Unlock()
+	if _, err := p.write(extra); err != nil {
+		return 0, err
+	}
+	return p.write(b)
+}
+
+func (p *peerConn) write(b []byte) (n int, err error) {
+	if len(b) == 0 {
+		return 0, nil
+	}
 	p.unanswered.Store(0)
 	p.writing.Store(true)
 	defer p.writing.Store(false)
@@ -145,8 +184,11 @@ func (p *peerConn) Write(b []byte) (n int, err error) {
 func (p *peerConn) Close() error {
 	var err error
 	p.once.Do(func() {
+		p.mu.Lock()
 		p.cancel()
+		p.mu.Unlock()
 		err = p.Conn.Close()
+		p.flushing.Wait()
 		p.closed(p)
 	})
 	return err

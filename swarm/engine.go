@@ -110,6 +110,9 @@ func (e *engine) clientConfig() *torrent.ClientConfig {
 	// The default counts pieces that nobody near has yet as unverified and then asks for nothing at all: a chain
 	// starves on images larger than the default.
 	c.MaxUnverifiedBytes = 0
+	// A request is not taken from one connection to be made over another while both stand: the first ends when the new
+	// parent has sent something, and what was asked of it is free then. Taking it earlier sends pieces twice.
+	c.StealRequestGrace = time.Hour
 	c.MaxAllocPeerRequestDataPerConn = 1 << 20
 	c.EstablishedConnsPerTorrent = 30
 	c.Extensions = pp.NewPeerExtensionBytes(pp.ExtensionBitLtep, pp.ExtensionBitFast)
@@ -128,6 +131,8 @@ func (e *engine) clientConfig() *torrent.ClientConfig {
 			// What the peer offers is taken over right after this call, so this is where depth is decided.
 			m.Reqq = e.depth(pc)
 		},
+		SentRequest:        []func(torrent.PeerRequestEvent){e.onAsked},
+		DeletedRequest:     []func(torrent.PeerRequestEvent){e.onAnswered},
 		ReceivedUsefulData: []func(torrent.ReceivedUsefulDataEvent){e.onUseful},
 	}
 	return c
@@ -305,14 +310,31 @@ func (e *engine) onMessage(pc *torrent.PeerConn, m *pp.Message) {
 	if !ok || m.Keepalive {
 		return
 	}
+	t := a.owner.Load()
+	if t == nil {
+		return
+	}
 	foreign := false
 	switch m.Type {
 	case pp.Piece:
-		if t := a.owner.Load(); t != nil {
-			t.receivedRaw(len(m.Piece))
+		t.receivedRaw(len(m.Piece))
+	case pp.Have, pp.Bitfield, pp.HaveAll, pp.HaveNone:
+		t.shows(a, m)
+	case pp.Request:
+		kept, ok := t.stands(a, requestOf(m))
+		m.Keepalive, foreign = kept, !ok
+	case pp.Cancel:
+		if r := requestOf(m); t.withdrawn(a, r) {
+			m.Keepalive = true
+			if c := a.conn.Load(); c != nil {
+				c.say(r.message(pp.Reject))
+			}
 		}
-	case pp.Choke, pp.Unchoke, pp.Interested, pp.NotInterested, pp.Have, pp.Bitfield, pp.Request, pp.Cancel,
-		pp.HaveAll, pp.HaveNone, pp.Reject, pp.AllowedFast:
+	case pp.Suggest:
+		foreign = !t.suggested(a)
+	case pp.Reject:
+		t.refused(a)
+	case pp.Choke, pp.Unchoke, pp.Interested, pp.NotInterested, pp.AllowedFast:
 	case pp.Extended:
 		foreign = m.ExtendedID != pp.HandshakeExtendedID
 	default:

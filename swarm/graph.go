@@ -140,7 +140,7 @@ func (s site) parentFor(self place, have, slack int64, trust func(id string) tru
 // device before it offers. A parent that has nothing new may be starved by a
 // failure further up, or be cut off itself; the difference is whether its own
 // parent is ahead of it. Only the device right behind the failure sees that.
-func (s site) withholds(id string) bool {
+func (s site) withholds(id string, slack int64) bool {
 	r, known := s.find(id)
 	if !known || r.complete {
 		return false
@@ -151,7 +151,7 @@ func (s site) withholds(id string) bool {
 			above = later(above, &s[i])
 		}
 	}
-	return above != nil && (above.complete || above.have > r.have+slackBytes)
+	return above != nil && (above.complete || above.have > r.have+slack)
 }
 
 func later(a, b *relay) *relay {
@@ -191,6 +191,11 @@ func (s site) find(id string) (relay, bool) {
 		}
 	}
 	return relay{}, false
+}
+
+// hasSource says whether a device has all of the image.
+func (s site) hasSource() bool {
+	return slices.ContainsFunc(s, func(r relay) bool { return r.complete })
 }
 
 // without leaves devices out.

@@ -169,7 +169,7 @@ func TestOnlyTheDeviceBehindAFailureSeesIt(t *testing.T) {
 	const mid = 100 << 20
 	s := site{at("importer", 0, 200<<20, true), at("cut", 1, mid+100, false), at("b", 2, mid, false), at("c", 3, mid, false)}
 	for id, want := range map[string]bool{"importer": false, "cut": true, "b": false, "c": false} {
-		if got := s.withholds(id); got != want {
+		if got := s.withholds(id, slackBytes); got != want {
 			t.Errorf("withholds(%s) = %v", id, got)
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"hash"
 	"io"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -280,6 +281,25 @@ func (b *bytesOf) hasPiece(i int) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.have.has(i)
+}
+
+// pieces is a copy of the set of verified pieces.
+func (b *bytesOf) pieces() pieceSet {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return slices.Clone(b.have)
+}
+
+// lacksOf says whether one of these pieces is not here.
+func (b *bytesOf) lacksOf(set pieceSet) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for i, w := range set {
+		if w&^b.have[i] != 0 {
+			return true
+		}
+	}
+	return false
 }
 
 // prefix is the number of bytes from the start without a gap.

@@ -44,7 +44,7 @@ const tickle = 1 << 10
 // of themselves is up to some seconds old.
 const (
 	slackBytes = 4 << 20
-	slackTime  = 4 * time.Second
+	slackTime  = 8 * time.Second
 )
 
 // transfer is one image that is being fetched or served.
@@ -85,6 +85,7 @@ type transfer struct {
 	former    *link // the one before, until the new one has sent a piece
 	trying    *peerAddr
 	leaving   []*peerAddr // to be hung up by steer
+	offered   pieceSet    // pieces that the engine can send
 	counts    counts
 
 	suspects map[string]suspicion
@@ -108,6 +109,13 @@ type link struct {
 	hungry time.Time // since when it has something that is lacking here and is silent about it; zero: not so
 	got    int64     // bytes read at the last look
 	ours   bool      // this end hung up
+
+	has      pieceSet  // what it says it has
+	standing []request // what it asked for and is not here yet
+	asked    int       // requests under way to it
+	most     int       // and the most since the engine looked last
+	nudged   bool      // the engine was told to look again
+	expects  bool      // requests for what it does not have stand; see standing.go
 }
 
 func newTransfer(s *Swarm, img verify.Image, table *verify.PieceTable, prev *transfer) *transfer {
@@ -179,6 +187,9 @@ func (t *transfer) serve(ctx context.Context, e *engine) (err error) {
 	defer t.hangUpAll()
 	defer tor.Drop()
 	defer e.forget(t)
+	if !t.isWhole() {
+		work.Go(func() { t.follow(workCtx, tor.SubscribePieceStateChanges()) })
+	}
 	t.want.open(tor)
 	t.want.advance(t.bytes.prefix())
 	if !t.isWhole() {
@@ -204,6 +215,7 @@ func (t *transfer) open(b *bytesOf) {
 	t.bytes, t.opened = b, true
 	t.want = &window{g: t.g}
 	_, t.whole = b.bytesVerified()
+	t.offered = b.pieces()
 	if t.whole {
 		t.claimed = true // rank 0: it was here from the start
 	}
@@ -355,6 +367,10 @@ func (t *transfer) judge(now time.Time, others site) {
 	if p == nil {
 		return
 	}
+	source := others.hasSource()
+	if source {
+		t.expect(p)
+	}
 	got := int64(0)
 	if c := p.addr.conn.Load(); c != nil {
 		got = c.got.Load()
@@ -362,13 +378,14 @@ func (t *transfer) judge(now time.Time, others site) {
 	silent := got-p.got < tickle
 	has := false
 	if silent || now.Sub(lastUseful) > stallAfter {
-		has = t.hasLacking(p.pc)
+		has = t.hasLacking(p)
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	slack := t.slack(now)
 	p.got = got
 	switch {
-	case !has && silent && now.Sub(p.lastUseful()) > starvedAfter && others.withholds(p.addr.id):
+	case !has && silent && now.Sub(p.lastUseful()) > starvedAfter && others.withholds(p.addr.id, slack):
 	case !has:
 		p.hungry = time.Time{}
 		return
@@ -385,6 +402,11 @@ func (t *transfer) judge(now time.Time, others site) {
 		return
 	}
 	p.hungry = time.Time{}
+	if has && p.expects && !source {
+		// The last source is gone. What stands at the parent may never be there and keeps the rest from being asked for.
+		t.leaving = append(t.leaving, t.letGo(p))
+		return
+	}
 	if t.suspects[p.addr.id].is == stalled {
 		return // nobody better was found
 	}
@@ -395,11 +417,11 @@ func (t *transfer) judge(now time.Time, others site) {
 // widen wants all pieces when nothing comes although someone, parent or child,
 // has what is lacking: it may lie beyond the window.
 func (t *transfer) widen(now time.Time) {
-	var idle []*torrent.PeerConn
+	var idle []*link
 	t.mu.Lock()
 	if !t.whole && now.Sub(t.counts.moved) > stallAfter/3 {
 		for _, l := range t.links {
-			idle = append(idle, l.pc)
+			idle = append(idle, l)
 		}
 	}
 	t.mu.Unlock()
@@ -416,6 +438,11 @@ func (l *link) lastUseful() time.Time {
 	return l.useful
 }
 
+// slack is how many bytes a device may have got since what it said last arrived here. t.mu is held.
+func (t *transfer) slack(now time.Time) int64 {
+	return slackBytes + int64(t.counts.downRate(now)*slackTime.Seconds())
+}
+
 func (t *transfer) watched() (parent *link, lastUseful time.Time, trying *peerAddr) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -425,19 +452,11 @@ func (t *transfer) watched() (parent *link, lastUseful time.Time, trying *peerAd
 	return t.parent, lastUseful, t.trying
 }
 
-// hasLacking says whether the peer has a piece that is lacking here.
-func (t *transfer) hasLacking(pc *torrent.PeerConn) bool {
-	pieces := pc.PeerPieces()
-	if int(pieces.GetCardinality()) == 0 {
-		return false
-	}
-	it := pieces.Iterator()
-	for it.HasNext() {
-		if i := int(it.Next()); i < t.g.pieces() && !t.bytes.hasPiece(i) {
-			return true
-		}
-	}
-	return false
+// hasLacking says whether the peer says it has a piece that is lacking here.
+func (t *transfer) hasLacking(l *link) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.bytes.lacksOf(l.has)
 }
 
 // wanted is the parent that the graph asks for now.
@@ -453,7 +472,7 @@ func (t *transfer) wanted(now time.Time, others site) string {
 	if t.whole || !t.claimed || have == t.g.size || now.Sub(t.claimedAt) < settleTime {
 		return ""
 	}
-	slack := slackBytes + int64(t.counts.downRate(now)*slackTime.Seconds())
+	slack := t.slack(now)
 	return others.parentFor(placeOf(t.s.cfg.Self, t.g.image, t.rank), have, slack, func(id string) trust { return t.suspects[id].is })
 }
 
@@ -521,6 +540,17 @@ func (t *transfer) backOff(id string, now time.Time) {
 	t.doubt(id, now.Add(wait))
 }
 
+// turnedAway waits a little for word of the better parent that a device has in mind when it turns this one away (see
+// site.turnAway). Going up the order instead would end at the importer. Who does it more often gets a doubt.
+func (t *transfer) turnedAway(id string, now time.Time) {
+	if t.retries[id] >= maxRefusals {
+		t.backOff(id, now)
+		return
+	}
+	t.retries[id]++
+	t.retryAt[id] = now.Add(firstRetry)
+}
+
 // added takes in a connection that the engine has made, or refuses it. The client's lock is held.
 func (t *transfer) added(a *peerAddr, pc *torrent.PeerConn) bool {
 	others := t.s.siteOf(t.g.image)
@@ -528,7 +558,7 @@ func (t *transfer) added(a *peerAddr, pc *torrent.PeerConn) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	defer t.poke()
-	l := &link{addr: a, pc: pc, since: now}
+	l := &link{addr: a, pc: pc, since: now, has: newPieceSet(t.g.pieces())}
 	if a.incoming() {
 		if !t.takeChild(a.id, others) {
 			return false
@@ -607,7 +637,7 @@ func (t *transfer) gone(a *peerAddr) {
 		switch {
 		case l.ours || t.whole:
 		case l.useful.IsZero():
-			t.backOff(a.id, now) // it turned us away
+			t.turnedAway(a.id, now)
 		default:
 			delete(t.retries, a.id)
 			t.doubt(a.id, now.Add(suspectLost))

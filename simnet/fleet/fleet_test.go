@@ -116,7 +116,7 @@ func count(d Device, kind peer.EventKind) (n int) {
 
 func TestOneStickServesTheSite(t *testing.T) {
 	t.Parallel()
-	r := play(t, Scenario{Devices: 8, Image: 4 * mib, Events: []Event{
+	r := play(t, Scenario{Devices: 8, Image: 8 * mib, Events: []Event{
 		{When: Met()},
 		{Do: Import(0, 0)},
 		{When: Confirmed(0)},
@@ -135,12 +135,19 @@ func TestOneStickServesTheSite(t *testing.T) {
 		}
 	}
 	first := r.Devices[0]
-	if sent := first.Sent(image.SHA256); sent < image.Size || float64(sent) >= 1.3*float64(image.Size) {
+	if sent := first.Sent(image.SHA256); sent < image.Size || float64(sent) >= 1.1*float64(image.Size) {
 		t.Errorf("the device with the stick sent %d bytes of payload, the image has %d", sent, image.Size)
 	}
 	// The cable agrees with what the swarm counts.
-	if sent := first.LANSent; sent < image.Size || float64(sent) >= 1.5*float64(image.Size) {
+	if sent := first.LANSent; sent < image.Size || float64(sent) >= 1.2*float64(image.Size) {
 		t.Errorf("%d bytes left the device with the stick, the image has %d", sent, image.Size)
+	}
+	// With equal links the last device cannot have it before it has crossed one of them. This is fake time, in which
+	// no CPU is busy: what is above the bound are silences on the way, and what is said beside the image.
+	took, bound := r.Events[2]-r.Events[1], time.Duration(float64(image.Size)/rate*float64(time.Second))
+	t.Logf("the last device took %.3f of the bound", float64(took)/float64(bound))
+	if float64(took) > 1.25*float64(bound) {
+		t.Errorf("the last device was done after %v, the bound is %v", took, bound)
 	}
 }
 
