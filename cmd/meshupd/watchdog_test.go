@@ -28,6 +28,30 @@ func (f *fakeSystemd) say(state string) error {
 	return nil
 }
 
+// logged is a log that is read while it is written.
+type logged struct {
+	mu  sync.Mutex // owns:
+	buf bytes.Buffer
+}
+
+func (l *logged) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.Write(p)
+}
+
+func (l *logged) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.String()
+}
+
+func (f *fakeSystemd) count(state string) int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.told[state])
+}
+
 func (f *fakeSystemd) last(state string) time.Duration {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -41,7 +65,7 @@ func (f *fakeSystemd) last(state string) time.Duration {
 func TestWatchdogFollowsTheLoop(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := &fakeSystemd{began: time.Now(), told: map[string][]time.Duration{}}
-		var log bytes.Buffer
+		var log logged
 		hangsAt, back := f.began.Add(10*time.Minute+time.Second), f.began.Add(20*time.Minute+time.Second)
 		alive := func() error {
 			if now := time.Now(); now.After(hangsAt) && now.Before(back) {
@@ -54,7 +78,7 @@ func TestWatchdogFollowsTheLoop(t *testing.T) {
 		go func() { done <- guard{alive, f.say, time.Minute, slog.New(slog.NewTextHandler(&log, nil))}.run(ctx) }()
 		time.Sleep(10 * time.Minute)
 		synctest.Wait()
-		if n := len(f.told["WATCHDOG=1"]); f.last("READY=1") != 0 || n != 20 {
+		if n := f.count("WATCHDOG=1"); f.last("READY=1") != 0 || n != 20 {
 			t.Errorf("ready at %s, and %d signs of life in ten minutes of a watchdog of one", f.last("READY=1"), n)
 		}
 		time.Sleep(10 * time.Minute)
