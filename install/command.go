@@ -32,6 +32,15 @@ const (
 	pipeWait = 500 * time.Millisecond
 )
 
+// errNoEnd is a program that was killed because its time was over.
+var errNoEnd = errors.New("no end")
+
+// killed says that a program did not end by itself: what it says is no verdict on what it was given.
+func killed(err error) bool {
+	var exit interface{ Exited() bool }
+	return errors.Is(err, errNoEnd) || errors.As(err, &exit) && !exit.Exited()
+}
+
 // run returns nil when the program exits with 0 in time. Its error ends with the last line of standard error. At the
 // timeout, and when ctx ends, the whole process group is killed.
 func (c command) run(ctx context.Context) error {
@@ -61,7 +70,7 @@ func (c command) run(ctx context.Context) error {
 		return ctx.Err()
 	}
 	if limited.Err() != nil {
-		err = fmt.Errorf("no end after %s", c.timeout.Round(time.Millisecond))
+		err = fmt.Errorf("%w after %s", errNoEnd, c.timeout.Round(time.Millisecond))
 	}
 	if line := said.line(c.blame); line != "" {
 		return fmt.Errorf("%w: %s", err, line)

@@ -177,10 +177,10 @@ func (c *containerCells) check(ctx context.Context, slot SlotName, img verify.Im
 }
 
 // refused tells an engine that does not want an image (E-INSTALLER, a verdict that the lifecycle counts) from one that is
-// not there, or has no room.
+// not there, has no room, or whose tool was killed.
 func (c *containerCells) refused(ctx context.Context, err error, what string) error {
 	accident := engineError(ctx, err, what)
-	if verify.CodeOf(accident) != verify.CodeSlot || c.engine.ready(ctx) != nil {
+	if verify.CodeOf(accident) != verify.CodeSlot || killed(err) || c.engine.ready(ctx) != nil {
 		return accident
 	}
 	return verify.Refuse(verify.CodeInstaller, "%s: %w", what, err)

@@ -9,6 +9,7 @@ import (
 	"io"
 	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -390,6 +391,16 @@ func TestEngineRefuses(t *testing.T) {
 	wantCode(t, "write", s.write(t.Context(), c, rel), verify.CodeInstaller)
 	s.engine.Stop()
 	wantCode(t, "write without an engine", s.write(t.Context(), c, rel), verify.CodeSlot)
+
+	// Nor is it a verdict when somebody killed the engine's tool.
+	s = newSite(t, map[string]install.Service{"web": {}})
+	s.step = func(name string, do func() error) error {
+		if name == "engine.load" {
+			return exec.Command("sh", "-c", "kill -9 $$").Run()
+		}
+		return do()
+	}
+	wantCode(t, "write with a tool that is killed", s.write(t.Context(), s.open(t), s.release(t, "2.0.0", map[string][]byte{"web": archive("2")})), verify.CodeSlot)
 }
 
 func TestContainersConfigIsChecked(t *testing.T) {
