@@ -17,6 +17,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -30,7 +31,10 @@ import (
 // half is a device whose slots are written by a real server, on real files, and a network half that was taken over: it
 // owns the store and may say anything on the socket.
 type half struct {
+	kind   string // of the slots
+	dir    string
 	vendor *verifytest.Vendor
+	sold   atomic.Int32
 	cfg    Config
 	socket string
 	client *apply.Client
@@ -38,16 +42,24 @@ type half struct {
 
 func newHalf(t *testing.T, health ...string) *half {
 	t.Helper()
+	return newHalfOf(t, "files", func(h *half) { h.cfg.Health.Command = health })
+}
+
+// newHalfOf makes one with slots of a kind; set may change its config.
+func newHalfOf(t *testing.T, kind string, set func(*half)) *half {
+	t.Helper()
 	dir, err := os.MkdirTemp("", "half") // a socket's path is short
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	h := &half{vendor: verifytest.NewVendor(t, "kiosk-a"), cfg: defaultConfig(), socket: filepath.Join(dir, "s")}
+	h := &half{kind: kind, dir: dir, vendor: verifytest.NewVendor(t, "kiosk-a"), cfg: defaultConfig(), socket: filepath.Join(dir, "s")}
 	h.cfg.Product, h.cfg.Trust, h.cfg.State = "kiosk-a", h.vendor.Anchor(), filepath.Join(dir, "net")
 	h.cfg.Slots.Folder, h.cfg.Slots.Factory = filepath.Join(dir, "slots"), "1.0.0"
 	h.cfg.Apply.Socket, h.cfg.Apply.State = h.socket, filepath.Join(dir, "own")
-	h.cfg.Health.Command, h.cfg.Health.Deadline, h.cfg.Health.Interval = health, Duration(50*time.Millisecond), Duration(10*time.Millisecond)
+	h.cfg.Health.Deadline, h.cfg.Health.Interval = Duration(50*time.Millisecond), Duration(10*time.Millisecond)
+	h.makeSlots(t)
+	set(h)
 	for _, name := range []string{"heads", "images"} {
 		if err := os.MkdirAll(h.store(name), 0o755); err != nil {
 			t.Fatal(err)
@@ -95,6 +107,11 @@ func (h *half) release(t *testing.T, o verifytest.Opts) (*verify.Release, []byte
 	t.Helper()
 	if o.Size == 0 && !o.NoImages {
 		o.Size = 1 << 20
+	}
+	if h.kind == "container" && !o.NoImages {
+		path := filepath.Join(t.TempDir(), "archive")
+		put(t, path, h.archive(byte(h.sold.Add(1))))
+		o.Images = []verifytest.Image{{Name: "web", Path: path, Kind: verify.KindContainer}}
 	}
 	rel, images := h.vendor.VerifiedImages(t, o)
 	put(t, h.headPath(rel.ID()), rel.Head())
@@ -169,8 +186,7 @@ func (h *half) honest(t *testing.T) {
 	if code := h.askWrite(t, rel.ID()); code != "" {
 		t.Fatalf("afterwards an honest release is refused: %s", code)
 	}
-	got, err := os.ReadFile(filepath.Join(h.cfg.Slots.Folder, "b", rel.Manifest().Images[0].Name))
-	if err != nil || !bytes.Equal(got, data) || h.slotB(t).Release != rel.ID() {
+	if err := h.holds(rel, data); err != nil || h.slotB(t).Release != rel.ID() {
 		t.Fatalf("afterwards an honest release is not in the slot: %v", err)
 	}
 }
@@ -419,9 +435,14 @@ func talksOver(t *testing.T, h *half) verify.Code {
 // The bytes are swapped all the time, between those that were signed and others, by rename and in place: what counts as
 // whole was hashed while it was written and read back, so no swap gets through.
 func TestApplyWhileTheImageIsSwapped(t *testing.T) {
-	h := newHalf(t, "true")
-	rel, good := h.release(t, verifytest.Opts{Size: 2 << 20})
-	evil := bytes.Repeat([]byte("not signed "), len(good)/11+1)[:len(good)]
+	for _, kind := range []string{"files", "block", "command", "container"} {
+		t.Run(kind, func(t *testing.T) { swapped(t, newHalfOf(t, kind, func(*half) {})) })
+	}
+}
+
+func swapped(t *testing.T, h *half) {
+	rel, good := h.release(t, verifytest.Opts{Size: 1 << 20})
+	evil := h.evil(good)
 	path := h.imagePath(rel)
 	stop, swaps := make(chan struct{}), 0
 	var wg sync.WaitGroup
@@ -452,7 +473,7 @@ func TestApplyWhileTheImageIsSwapped(t *testing.T) {
 		}
 	}()
 	wrote, refused := 0, 0
-	for range 60 {
+	for range 40 {
 		code := h.askWrite(t, rel.ID())
 		c := h.slotB(t)
 		if code != "" {
@@ -463,8 +484,7 @@ func TestApplyWhileTheImageIsSwapped(t *testing.T) {
 			continue
 		}
 		wrote++
-		got, err := os.ReadFile(filepath.Join(h.cfg.Slots.Folder, "b", rel.Manifest().Images[0].Name))
-		if err != nil || !bytes.Equal(got, good) {
+		if err := h.holds(rel, good); err != nil {
 			t.Fatalf("the slot counts as whole and does not hold the signed bytes (%v)", err)
 		}
 	}
@@ -475,6 +495,7 @@ func TestApplyWhileTheImageIsSwapped(t *testing.T) {
 		t.Error("no swap was noticed")
 	}
 	h.honest(t)
+	h.sawOnly(t, good)
 }
 
 // The server asks the health command itself, whatever it is told.
