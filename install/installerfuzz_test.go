@@ -1,6 +1,9 @@
 package install
 
 import (
+	"bytes"
+	"encoding/binary"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -54,6 +57,46 @@ func FuzzLastPercent(f *testing.F) {
 			t.Fatalf("%q is %d %t", text, n, ok)
 		}
 	})
+}
+
+// swuWords is a message of swupdate.
+func swuWords(steps, step, percent uint32) []byte {
+	msg := make([]byte, swuMessage)
+	for at, n := range map[int]uint32{24: steps, 28: step, 32: percent} {
+		binary.NativeEndian.PutUint32(msg[at:], n)
+	}
+	return msg
+}
+
+func FuzzSWUpdateProgress(f *testing.F) {
+	f.Add(swuWords(2, 1, 50))
+	f.Add(swuWords(1<<31, 1<<31, 100))
+	f.Add(append([]byte("\x00\x00\x02\x00ACK\x00"), swuWords(1, 1, 7)...))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		told := 0
+		readSWUpdate(bytes.NewReader(data), func(percent int) {
+			if told++; percent < 0 || percent > 100 {
+				t.Fatalf("%d%%", percent)
+			}
+		})
+		if told > len(data)/swuMessage {
+			t.Fatalf("%d messages in %d bytes", told, len(data))
+		}
+	})
+}
+
+func TestSWUpdateProgress(t *testing.T) {
+	for _, greeting := range []string{"", "\x00\x00\x02\x00ACK\x00"} {
+		stream := []byte(greeting)
+		for _, m := range [][3]uint32{{2, 1, 0}, {2, 1, 50}, {0, 0, 0}, {2, 2, 0}, {2, 3, 0}, {2, 2, 101}, {2, 2, 100}} {
+			stream = append(stream, swuWords(m[0], m[1], m[2])...)
+		}
+		var told []int
+		readSWUpdate(bytes.NewReader(stream), func(percent int) { told = append(told, percent) })
+		if want := []int{0, 25, 50, 100}; !slices.Equal(told, want) {
+			t.Errorf("told %d, want %d", told, want)
+		}
+	}
 }
 
 func TestLastPercent(t *testing.T) {

@@ -23,13 +23,11 @@ type Program struct {
 	Commit, Rollback []string
 	// Blame marks the line of standard error that says why; empty: the last line does.
 	Blame string
+	// Progress is the name of swupdate's progress socket in the folder for temporary files; empty: lines with "N%" on standard
+	// output are the progress.
+	Progress string
 	// Timeout of one installation; an hour when zero.
 	Timeout time.Duration
-}
-
-// SWUpdate is the Program swupdate. arguments stand before "-i FILE", such as {"-k", "cert.pem", "-e", "stable,{slot}"}.
-func SWUpdate(arguments ...string) Program {
-	return Program{Command: append(append([]string{"swupdate"}, arguments...), "-i", "{file}"), Blame: "[ERROR]"}
 }
 
 // Mender is the Program mender in its standalone mode.
@@ -60,16 +58,35 @@ func (p *program) deliver(ctx context.Context, slot SlotName, parcel parcel, tel
 		return err
 	}
 	fill := strings.NewReplacer("{file}", parcel.path, "{slot}", p.Names.of(slot))
-	c := command{env: parcel.env(slot), timeout: p.Timeout, blame: p.Blame, stdout: &percents{tell: tell}}
+	c := command{env: parcel.env(slot), timeout: p.Timeout, blame: p.Blame}
 	for _, arg := range p.Command {
 		c.argv = append(c.argv, fill.Replace(arg))
 	}
-	err := p.step("image.commit", func() error { return c.run(ctx) })
+	err := p.step("image.commit", func() error { return p.follow(ctx, c, tell) })
 	if err != nil && ctx.Err() == nil && p.Blame != "" && !strings.Contains(err.Error(), p.Blame) {
 		// swupdate 2022.12 sometimes ends while it starts, without a word on the image: that is no verdict.
 		return coded(verify.CodeSlot, p.Command[0]+" ended without a reason", err)
 	}
 	return installerError(ctx, p.Command[0], err)
+}
+
+// follow runs the installation and tells of its progress.
+func (p *program) follow(ctx context.Context, c command, tell func(int)) error {
+	if p.Progress == "" {
+		c.stdout = &percents{tell: tell}
+		return c.run(ctx)
+	}
+	watching, stop := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		watchSWUpdate(watching, p.Progress, tell)
+	}()
+	defer func() {
+		stop()
+		<-done
+	}()
+	return c.run(ctx)
 }
 
 // check has nothing to ask: these programs keep no record of what a slot holds. They compare the digests that their own format carries.

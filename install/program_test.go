@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -27,6 +28,7 @@ type programLab struct {
 	dev    *install.Delegate
 	vendor *verifytest.Vendor
 	seq    uint64
+	told   []int // percents of the writes
 }
 
 func newProgramLab(t *testing.T, dir string, inst install.Program) *programLab {
@@ -63,7 +65,11 @@ func (l *programLab) write(data []byte) error {
 	for range 5 { // as the daemon does: an accident is tried again
 		err = l.dev.Write(l.t.Context(), rel, rel.Manifest().Images, func(verify.Image) (io.ReadCloser, error) {
 			return io.NopCloser(bytes.NewReader(data)), nil
-		}, nil)
+		}, func(done, total int64) {
+			if percent := int(done * 100 / total); len(l.told) == 0 || l.told[len(l.told)-1] != percent {
+				l.told = append(l.told, percent)
+			}
+		})
 		if verify.CodeOf(err) != verify.CodeSlot {
 			return err
 		}
@@ -149,7 +155,8 @@ func TestSWUpdateForReal(t *testing.T) {
 	}
 	inst := install.SWUpdate("-k", filepath.Join(dir, "right.crt"), "-H", "lab:1.0", "-e", "stable,{slot}")
 	inst.Names = install.Names{A: "A", B: "B"}
-	newProgramLab(t, dir, inst).life(func(image []byte) []byte { return pack("right", image) }, map[string]func() []byte{
+	lab := newProgramLab(t, dir, inst)
+	lab.life(func(image []byte) []byte { return pack("right", image) }, map[string]func() []byte{
 		"a foreign certificate": func() []byte { return pack("wrong", noise(3, 50000)) },
 		"changed bytes": func() []byte {
 			data := pack("right", noise(3, 50000))
@@ -158,6 +165,13 @@ func TestSWUpdateForReal(t *testing.T) {
 		},
 		"no image at all": func() []byte { return noise(4, 5000) },
 	})
+	lab.told = nil
+	must(t, "write a large one", lab.write(pack("right", noise(5, 1<<20))))
+	t.Logf("told %d", lab.told)
+	// The check of the bytes is the first quarter, and the end is told by us: all between them comes from swupdate.
+	if !slices.ContainsFunc(lab.told, func(n int) bool { return n > 25 && n < 100 }) {
+		t.Errorf("of its progress nothing was told but %d", lab.told)
+	}
 }
 
 // menderModule installs to the slot that it is told, and can be rolled back, so that mender waits for a commit.
