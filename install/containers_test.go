@@ -96,7 +96,8 @@ type site struct {
 	archives map[verify.Digest][]byte
 	units    []string
 	step     slotstest.Step
-	failed   map[string]bool // units
+	failed   map[string]bool         // units
+	systemd  func(verb, unit string) // does what a unit says; may be nil
 }
 
 func newSite(t *testing.T, services map[string]install.Service) *site {
@@ -121,6 +122,9 @@ func (s *site) open(t *testing.T) *install.Containers {
 			return errors.New("active")
 		}
 		s.units = append(s.units, verb+" "+unit)
+		if s.systemd != nil {
+			s.systemd(verb, unit)
+		}
 		return nil
 	}))
 	must(t, "open", err)

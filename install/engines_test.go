@@ -36,33 +36,6 @@ func realEngines(t *testing.T, test func(t *testing.T, e ocitest.Engine, engine 
 	})
 }
 
-// ours are the references that an engine holds, in order.
-func references(e ocitest.Engine) []string {
-	args := []string{"images", "ls", "--quiet"}
-	if e.Kind == "podman" {
-		args = []string{"images", "--format", "{{.Repository}}:{{.Tag}}"}
-	}
-	refs := strings.Fields(e.Out(args...))
-	slices.Sort(refs)
-	return refs
-}
-
-// runningIn are the containers that an engine says run.
-func runningIn(e ocitest.Engine) []string {
-	var names []string
-	if e.Kind == "podman" {
-		names = strings.Fields(e.Out("ps", "--format", "{{.Names}}"))
-	} else {
-		for line := range strings.Lines(e.Out("tasks", "ls")) {
-			if cells := strings.Fields(line); len(cells) == 3 && cells[2] == "RUNNING" {
-				names = append(names, cells[0])
-			}
-		}
-	}
-	slices.Sort(names)
-	return names
-}
-
 // load takes an archive in by hand, as an integrator would.
 func loadByHand(t *testing.T, e ocitest.Engine, archive []byte) {
 	t.Helper()
@@ -164,7 +137,7 @@ func TestEngines(t *testing.T) {
 		must(t, "check", c.Check(t.Context(), slot, httpCheck(web, "2-web")))
 		must(t, "check", c.Check(t.Context(), slot, httpCheck(api, "2-api")))
 		must(t, "confirm", c.Confirm(t.Context()))
-		if got := runningIn(e); !slices.Equal(got, []string{"meshupd-api-b", "meshupd-web-b"}) {
+		if got := e.Running(); !slices.Equal(got, []string{"meshupd-api-b", "meshupd-web-b"}) {
 			t.Fatalf("%v run", got)
 		}
 
@@ -230,8 +203,51 @@ func TestEngines(t *testing.T) {
 		t.Logf("cut at each of %d steps", cuts)
 		must(t, "the end", httpCheck(web, "4-web")(t.Context()))
 		must(t, "the end", httpCheck(api, "4-api")(t.Context()))
-		if got := references(e); !slices.Equal(got, []string{"docker.io/library/other:latest",
+		if got := e.Images(); !slices.Equal(got, []string{"docker.io/library/other:latest",
 			"localhost/meshupd/api:a", "localhost/meshupd/api:b", "localhost/meshupd/web:a", "localhost/meshupd/web:b"}) {
+			t.Fatalf("the engine holds %v", got)
+		}
+	})
+}
+
+// TestEnginesUnit lets units run the services, as systemd would: the test stands for systemctl and the unit's ExecStart line, the
+// engine is real.
+func TestEnginesUnit(t *testing.T) {
+	realEngines(t, func(t *testing.T, e ocitest.Engine, engine install.Engine) {
+		addr := freeAddr(t)
+		s := newSite(t, map[string]install.Service{"web": {Unit: "web.service"}})
+		s.cfg.Engine, s.cfg.Settle, s.cfg.Stop = engine, 300*time.Millisecond, 3*time.Second
+		s.systemd = func(verb, unit string) {
+			switch e.Kind + " " + verb {
+			case "podman restart":
+				e.Out("run", "--detach", "--replace", "--pull=never", "--name", unit, "--network=host", "--env=ADDR="+addr, "localhost/meshupd/web:current")
+			case "containerd restart":
+				if slices.Contains(e.Running(), unit) {
+					e.Out("tasks", "rm", "--force", unit)
+					e.Out("containers", "rm", unit)
+				}
+				e.Out("run", "--detach", "--net-host", "--env=ADDR="+addr, "localhost/meshupd/web:current", unit)
+			default:
+				t.Errorf("systemctl %s %s", verb, unit)
+			}
+		}
+		program := ocitest.Server(t)
+		image := func(version string, env ...string) map[string][]byte {
+			return map[string][]byte{"web": ocitest.Image{File: program, Env: append(env, "VERSION="+version)}.Archive()}
+		}
+		c := s.open(t)
+		slot := s.trial(t, c, s.release(t, "2.0.0", image("2")))
+		must(t, "check", c.Check(t.Context(), slot, httpCheck(addr, "2")))
+		must(t, "confirm", c.Confirm(t.Context()))
+		slot = s.trial(t, c, s.release(t, "3.0.0", image("3", "MODE=sick")))
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		defer cancel()
+		wantCode(t, "a sick service", c.Check(t.Context(), slot, func(context.Context) error { return httpCheck(addr, "3")(ctx) }), verify.CodeHealth)
+		must(t, "fall back", c.Fallback(t.Context()))
+		must(t, "restart", c.Restart(t.Context()))
+		must(t, "the old one", httpCheck(addr, "2")(t.Context()))
+		must(t, "forget", c.Forget(t.Context()))
+		if got := e.Images(); !slices.Equal(got, []string{"localhost/meshupd/web:a", "localhost/meshupd/web:b", "localhost/meshupd/web:current"}) {
 			t.Fatalf("the engine holds %v", got)
 		}
 	})
@@ -326,16 +342,17 @@ func TestEnginesBeside(t *testing.T) {
 		if front, err := os.Readlink(filepath.Join(dir, "front")); err != nil || front != "env.a" {
 			t.Fatalf("what comes in goes to %q, %v", front, err)
 		}
-		if got := runningIn(e); !slices.Equal(got, []string{"meshupd-web-a"}) {
+		if got := e.Running(); !slices.Equal(got, []string{"meshupd-web-a"}) {
 			t.Fatalf("%v run", got)
 		}
 	})
 }
 
-// TestEnginesConform tells the whole suite, with a fault at every step, to real engines.
+// TestEnginesConform tells the whole suite to real engines: with each 60th fault, in the long run with all of them.
 func TestEnginesConform(t *testing.T) {
-	if os.Getenv("MESHUPD_TORTURE") == "" {
-		t.Skip("takes long; MESHUPD_TORTURE=1 runs it")
+	every := 60
+	if os.Getenv("MESHUPD_TORTURE") != "" {
+		every = 1
 	}
 	realEngines(t, func(t *testing.T, e ocitest.Engine, engine install.Engine) {
 		program := ocitest.Server(t)
@@ -351,7 +368,7 @@ func TestEnginesConform(t *testing.T) {
 			cfg.Services = map[string]install.Service{"image0.img": host, "image1.img": host}
 			e := e
 			if e.Kind == "podman" {
-				e = ocitest.Podman(t)
+				e = e.Another(t)
 				cfg.Engine = install.Podman{Command: e.Command}
 			} else {
 				space := "story" + strconv.Itoa(int(story))
@@ -364,7 +381,7 @@ func TestEnginesConform(t *testing.T) {
 				})
 			}
 			return slotstest.Harness{
-				Images: 2, Kind: verify.KindContainer,
+				Images: 2, Kind: verify.KindContainer, Every: every,
 				Content: func(noise []byte) []byte { return archives.packProgram(program, noise) },
 				Open: func(power int, step slotstest.Step) (slotstest.Device, error) {
 					cfg.BootID = func() (string, error) { return "power-" + strconv.Itoa(power), nil }

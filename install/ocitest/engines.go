@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -15,6 +16,7 @@ type Engine struct {
 	Kind    string   // "podman" or "containerd", as in the config
 	Command []string // the tool with the options that lead to it
 	Address string   // of containerd
+	runtime string   // of podman
 	t       testing.TB
 }
 
@@ -29,13 +31,48 @@ func (e Engine) Out(args ...string) string {
 	return string(out)
 }
 
+// Images are all that the engine holds, with and without a name, in order.
+func (e Engine) Images() []string {
+	e.t.Helper()
+	args := []string{"images", "ls", "--quiet"}
+	if e.Kind == "podman" {
+		args = []string{"images", "--all", "--format", "{{.Repository}}:{{.Tag}}"}
+	}
+	refs := strings.Fields(e.Out(args...))
+	slices.Sort(refs)
+	return refs
+}
+
+// Running are the containers that the engine says run, in order.
+func (e Engine) Running() []string {
+	e.t.Helper()
+	var names []string
+	if e.Kind == "podman" {
+		names = strings.Fields(e.Out("ps", "--format", "{{.Names}}"))
+	} else {
+		for line := range strings.Lines(e.Out("tasks", "ls")) {
+			if cells := strings.Fields(line); len(cells) == 3 && cells[2] == "RUNNING" {
+				names = append(names, cells[0])
+			}
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
 // Podman gives a podman with a store of its own. Its containers end with the test.
 func Podman(t testing.TB) Engine {
 	t.Helper()
 	Need(t, "podman", "runc", "conmon")
+	return Engine{runtime: Build(t, "meshupd/install/ocitest/runtime")}.Another(t)
+}
+
+// Another gives one more podman, with a store of its own.
+func (e Engine) Another(t testing.TB) Engine {
+	t.Helper()
 	dir := short(t)
-	e := Engine{Kind: "podman", t: t, Command: []string{"podman", "--root", filepath.Join(dir, "root"), "--runroot", filepath.Join(dir, "run"), "--tmpdir", filepath.Join(dir, "tmp"),
-		"--cgroup-manager=cgroupfs", "--events-backend=file", "--runtime", Build(t, "meshupd/install/ocitest/runtime")}}
+	e = Engine{Kind: "podman", t: t, runtime: e.runtime, Command: []string{"podman", "--root", filepath.Join(dir, "root"), "--runroot", filepath.Join(dir, "run"), "--tmpdir", filepath.Join(dir, "tmp"),
+		"--cgroup-manager=cgroupfs", "--events-backend=file", "--runtime", e.runtime}}
 	t.Cleanup(func() {
 		for _, args := range [][]string{{"rm", "--all", "--force", "--time", "1"}, {"rmi", "--all", "--force"}} {
 			argv := append(append([]string(nil), e.Command...), args...)
@@ -99,7 +136,12 @@ func short(t testing.TB) string {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := os.RemoveAll(dir); err != nil {
+		// What podman leaves behind to clean up after a container may still write there.
+		err := os.RemoveAll(dir)
+		for end := time.Now().Add(20 * time.Second); err != nil && time.Now().Before(end); err = os.RemoveAll(dir) {
+			time.Sleep(50 * time.Millisecond)
+		}
+		if err != nil {
 			t.Errorf("clean up: %v", err)
 		}
 	})

@@ -54,12 +54,18 @@ func first(steps ...func() error) error {
 
 // everyFault tells each tale with each fault, and expects that the device then still gets a release confirmed.
 func everyFault(t *testing.T, make func(t *testing.T) Harness, known []update) {
+	count := 0
 	for _, tale := range tales {
 		t.Run(tale.name, func(t *testing.T) {
-			steps := tale.steps(t, newWorld(t, make, known))
+			first := newWorld(t, make, known)
+			every := max(first.h.Every, 1)
+			steps := tale.steps(t, first)
 			for n, step := range steps {
 				for _, kept := range []bool{false, true} {
 					for _, cut := range []string{"fails", "killed", "power cut"} {
+						if count++; count%every != 0 {
+							continue
+						}
 						f := fault{at: n, kept: kept, off: cut != "fails"}
 						t.Run(label(f, cut == "killed", step), func(t *testing.T) {
 							t.Parallel() // most of the time is waiting for syncs

@@ -31,6 +31,8 @@ type Harness struct {
 	Images int
 	// Kind of the images; KindSlot when empty.
 	Kind verify.Kind
+	// Every tells only each so many-th of the faults, where a story takes seconds; all of them when 0.
+	Every int
 	// Content makes the content of an image out of noise, where not any bytes will do; nil: the noise itself.
 	Content func(noise []byte) []byte
 	// Plain says that no image is compressed; otherwise every other one is.
