@@ -29,6 +29,7 @@ const rateSize = 256 << 20
 // page cache. The figures are medians over the pairs:
 //
 //	ratio         meshupd's rate divided by dd's: the median over the pairs
+//	whole-ratio   the same when reading back counts as well, which dd does not do
 //	MiB/s, dd-MiB/s, readback-MiB/s   rates of content; reading back comes after the write and is in neither
 //	written-MiB   what went to the medium
 //	cpu-s, dd-cpu-s                   user and system time
@@ -141,7 +142,7 @@ func (r *rate) run(b *testing.B, packed bool, old string) {
 	}
 	rel, _ := verifytest.NewVendor(b, "bench").Verified(b, verifytest.Opts{Images: []verifytest.Image{{Name: "rootfs", Path: image}}})
 	var ours, dds []measured
-	var ratios []float64
+	var ratios, wholes []float64
 	for i := range b.N {
 		var m, d measured
 		for k := range 2 {
@@ -159,6 +160,7 @@ func (r *rate) run(b *testing.B, packed bool, old string) {
 			}
 		}
 		ours, dds, ratios = append(ours, m), append(dds, d), append(ratios, d.took.Seconds()/m.took.Seconds())
+		wholes = append(wholes, d.took.Seconds()/(m.took+m.back).Seconds())
 	}
 	const mib = rateSize / (1 << 20)
 	of := func(list []measured, value func(measured) float64) float64 {
@@ -170,6 +172,7 @@ func (r *rate) run(b *testing.B, packed bool, old string) {
 	}
 	b.ReportMetric(0, "ns/op") // says nothing
 	b.ReportMetric(median(ratios), "ratio")
+	b.ReportMetric(median(wholes), "whole-ratio")
 	b.ReportMetric(of(ours, func(m measured) float64 { return mib / m.took.Seconds() }), "MiB/s")
 	b.ReportMetric(of(dds, func(m measured) float64 { return mib / m.took.Seconds() }), "dd-MiB/s")
 	b.ReportMetric(of(ours, func(m measured) float64 { return mib / m.back.Seconds() }), "readback-MiB/s")

@@ -19,7 +19,7 @@ import (
 	"meshupd/verify/verifytest"
 )
 
-// programLab is a machine with a real installer that is run once for each image, and GRUB.
+// programLab is a machine with a real installer that is run once for each image, and a bootloader.
 type programLab struct {
 	t      *testing.T
 	dir    string
@@ -29,14 +29,23 @@ type programLab struct {
 	vendor *verifytest.Vendor
 	seq    uint64
 	told   []int // percents of the writes
+
+	factory []byte                   // what slot a holds at first
+	content func(seed, n int) []byte // makes images
 }
 
 func newProgramLab(t *testing.T, dir string, inst install.Program) *programLab {
-	l := &programLab{t: t, dir: dir, fw: grubFirmware(t), inst: inst, vendor: verifytest.NewVendor(t, "program")}
 	for _, slot := range []string{"a", "b"} {
 		writeFile(t, filepath.Join(dir, slot), "what the factory put there")
 		must(t, "size", os.Truncate(filepath.Join(dir, slot), 1<<20))
 	}
+	return newProgramLabOn(t, dir, inst, grubFirmware(t))
+}
+
+// newProgramLabOn takes the slots a and b of a folder as they are.
+func newProgramLabOn(t *testing.T, dir string, inst install.Program, fw *firmware) *programLab {
+	l := &programLab{t: t, dir: dir, fw: fw, inst: inst, vendor: verifytest.NewVendor(t, "program"), factory: []byte("what the factory put there"),
+		content: func(seed, n int) []byte { return noise(uint64(seed), n) }}
 	l.fw.at(1)
 	l.open()
 	return l
@@ -98,9 +107,9 @@ func (l *programLab) holds(slot string, image []byte) {
 // life: one release is confirmed, a bad one refused, one is given up.
 func (l *programLab) life(make func(image []byte) []byte, bad map[string]func() []byte) {
 	t, ctx, a, b := l.t, l.t.Context(), install.SlotA, install.SlotB
-	image, second := noise(1, 200000), noise(2, 100000)
+	image, second := l.content(1, 200000), l.content(2, 100000)
 	must(t, "write", l.write(make(image)))
-	l.holds("a", []byte("what the factory put there"))
+	l.holds("a", l.factory)
 	l.holds("b", image)
 	if st := l.is(install.PhaseSettled, a, a); !st.Slots[b].Whole {
 		t.Fatalf("slot b holds %+v", st.Slots[b])
@@ -187,7 +196,7 @@ esac
 `
 
 // menderArtifact is an artifact of version 3 with one payload for the module.
-func menderArtifact(device string, image []byte) []byte {
+func menderArtifact(device, kind string, image []byte) []byte {
 	pack := func(zip bool, files ...string) []byte {
 		var out bytes.Buffer
 		var w io.WriteCloser = struct {
@@ -209,8 +218,8 @@ func menderArtifact(device string, image []byte) []byte {
 		return out.Bytes()
 	}
 	version := `{"format":"mender","version":3}`
-	header := string(pack(true, "header-info", `{"payloads":[{"type":"meshupd-test"}],"artifact_provides":{"artifact_name":"r2"},"artifact_depends":{"device_type":["`+device+`"]}}`,
-		"headers/0000/type-info", `{"type":"meshupd-test"}`))
+	header := string(pack(true, "header-info", `{"payloads":[{"type":"`+kind+`"}],"artifact_provides":{"artifact_name":"r2"},"artifact_depends":{"device_type":["`+device+`"]}}`,
+		"headers/0000/type-info", `{"type":"`+kind+`"}`))
 	manifest := fmt.Sprintf("%x  data/0000/rootfs.img\n%x  header.tar.gz\n%x  version\n", sha256.Sum256(image), sha256.Sum256([]byte(header)), sha256.Sum256([]byte(version)))
 	return pack(false, "version", version, "manifest", manifest, "header.tar.gz", header, "data/0000.tar.gz", string(pack(true, "rootfs.img", string(image))))
 }
@@ -231,10 +240,10 @@ func TestMenderForReal(t *testing.T) {
 	for _, argv := range []*[]string{&inst.Command, &inst.Commit, &inst.Rollback} {
 		*argv = append(append([]string(nil), wrap...), (*argv)[1:]...)
 	}
-	newProgramLab(t, dir, inst).life(func(image []byte) []byte { return menderArtifact("lab", image) }, map[string]func() []byte{
-		"another device": func() []byte { return menderArtifact("other", noise(3, 5000)) },
+	newProgramLab(t, dir, inst).life(func(image []byte) []byte { return menderArtifact("lab", "meshupd-test", image) }, map[string]func() []byte{
+		"another device": func() []byte { return menderArtifact("other", "meshupd-test", noise(3, 5000)) },
 		"changed bytes": func() []byte {
-			data := menderArtifact("lab", noise(3, 50000))
+			data := menderArtifact("lab", "meshupd-test", noise(3, 50000))
 			data[len(data)-20000] ^= 1
 			return data
 		},
