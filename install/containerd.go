@@ -202,9 +202,13 @@ func (c *containerd) remove(ctx context.Context, name string) error {
 }
 
 func (c *containerd) lastLine(ctx context.Context, name string) string {
-	// The shim copies what a container printed beside its end: the last line may come a little after it.
-	size := int64(-1)
-	for range logLooks {
+	// The shim copies what a container printed beside its end: the last line may come a little after it. Removing the ended task
+	// waits for the copy; where that fails the log is watched.
+	size, looks := int64(-1), logLooks
+	if c.do(ctx, "tasks", "rm", name) == nil {
+		looks = 0
+	}
+	for range looks {
 		info, err := os.Stat(c.log(name))
 		if err != nil || info.Size() == size || pause(ctx, logSettles) != nil {
 			break

@@ -7,8 +7,10 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/user"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -50,13 +52,15 @@ func TestContainerSlotsAreChecked(t *testing.T) {
 }
 
 // TestContainers takes a device with two services, the daemon as it is shipped and a real engine through a good release,
-// a kill on trial, a bad release and one that is not made of containers.
+// a kill on trial, bad releases and one that is not made of containers: in one piece, and in two halves as two users.
 func TestContainers(t *testing.T) {
 	if testing.Short() {
 		t.Skip("runs containers; not in the short run")
 	}
-	t.Run("podman", func(t *testing.T) { containerStory(t, ocitest.Podman(t)) })
-	t.Run("containerd", func(t *testing.T) { containerStory(t, ocitest.Containerd(t)) })
+	for name, halves := range map[string]bool{"": false, ", two halves": true} {
+		t.Run("podman"+name, func(t *testing.T) { containerStory(t, ocitest.Podman(t), halves) })
+		t.Run("containerd"+name, func(t *testing.T) { containerStory(t, ocitest.Containerd(t), halves) })
+	}
 }
 
 // kiosk is a device with its daemon.
@@ -64,29 +68,56 @@ type kiosk struct {
 	dir, binary string
 	vendor      *verifytest.Vendor
 	api         *control.Client
-	cmd         *exec.Cmd
+	halves      bool // the daemon is the user nobody, and meshupd apply is root
+	cmds        []*exec.Cmd
 }
 
 func (k *kiosk) start(t *testing.T) {
 	t.Helper()
+	config := filepath.Join(k.dir, "config.toml")
+	words := []string{k.binary, "daemon", "--config", config}
+	if k.halves {
+		k.run(t, k.binary, "apply", "--config", config, "--socket", filepath.Join(k.dir, "apply.sock"))
+		words = append([]string{"setpriv", "--reuid", "nobody", "--regid", "nogroup", "--clear-groups", "--no-new-privs"}, words...)
+	}
+	k.run(t, words...)
+}
+
+func (k *kiosk) run(t *testing.T, words ...string) {
+	t.Helper()
 	log, err := os.OpenFile(filepath.Join(k.dir, "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer log.Close()
-	k.cmd = exec.Command(k.binary, "daemon", "--config", filepath.Join(k.dir, "config.toml"))
-	k.cmd.Stdout, k.cmd.Stderr = log, log
-	if err := k.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	cmd := exec.Command(words[0], words[1:]...)
+	cmd.Stdout, cmd.Stderr = log, log
+	must(t, cmd.Start())
+	k.cmds = append(k.cmds, cmd)
 }
 
 func (k *kiosk) end(sig syscall.Signal) {
-	if k.cmd != nil {
-		_ = k.cmd.Process.Signal(sig)
-		_ = k.cmd.Wait() // a killed process has an error by nature
-		k.cmd = nil
+	for _, cmd := range slices.Backward(k.cmds) {
+		_ = cmd.Process.Signal(sig)
+		_ = cmd.Wait() // a killed process has an error by nature
 	}
+	k.cmds = nil
+}
+
+// part prepares a device of two halves, and returns what its config says about them.
+func (k *kiosk) part(t *testing.T) string {
+	t.Helper()
+	if !k.halves {
+		return ""
+	}
+	nobody, err := user.Lookup("nobody")
+	must(t, err)
+	uid, err := strconv.Atoi(nobody.Uid)
+	must(t, err)
+	must(t, os.Chmod(k.dir, 0o755))
+	for _, name := range []string{"state", "run"} {
+		must(t, os.Mkdir(filepath.Join(k.dir, name), 0o755))
+		must(t, os.Chown(filepath.Join(k.dir, name), uid, -1))
+	}
+	return fmt.Sprintf("[apply]\nsocket = %q\nstate = %q\nuser = \"nobody\"\n", filepath.Join(k.dir, "apply.sock"), filepath.Join(k.dir, "own"))
 }
 
 // meshupd runs a command as a person would.
@@ -136,12 +167,12 @@ func (k *kiosk) release(t *testing.T, version string, images map[string][]byte) 
 	return k.vendor.Bundle(t, o)
 }
 
-func containerStory(t *testing.T, e ocitest.Engine) {
+func containerStory(t *testing.T, e ocitest.Engine, halves bool) {
 	dir, err := os.MkdirTemp("", "ctk")
 	if err != nil {
 		t.Fatal(err)
 	}
-	k := &kiosk{dir: dir, binary: ocitest.Build(t, "meshupd/cmd/meshupd"), vendor: verifytest.NewVendor(t, "kiosk-a"),
+	k := &kiosk{dir: dir, halves: halves, binary: filepath.Join(dir, "meshupd"), vendor: verifytest.NewVendor(t, "kiosk-a"),
 		api: control.NewClient(filepath.Join(dir, "run", "api.sock"))}
 	t.Cleanup(func() {
 		k.api.Close()
@@ -151,6 +182,9 @@ func containerStory(t *testing.T, e ocitest.Engine) {
 		}
 		os.RemoveAll(dir)
 	})
+	// The user nobody does not come into the folders of a test.
+	must(t, os.Rename(ocitest.Build(t, "meshupd/cmd/meshupd"), k.binary))
+	must(t, os.CopyFS(filepath.Join(dir, "trust"), os.DirFS(k.vendor.Anchor())))
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -186,8 +220,8 @@ test ! -e %s/hold || { echo "on hold" >&2; exit 1; }
 exec 3<>/dev/tcp/%s && printf 'GET /health HTTP/1.0\r\n\r\n' >&3 && read -r said <&3 && case $said in *200*) exit 0;; *) echo "web says $said" >&2; exit 1;; esac''']
 deadline = "8s"
 interval = "200ms"
-`, k.vendor.Anchor(), filepath.Join(dir, "state"), filepath.Join(dir, "run"), engine, host, web, host, dir, dir, strings.Replace(web, ":", "/", 1))
-	if err := os.WriteFile(filepath.Join(dir, "config.toml"), []byte(config), 0o600); err != nil {
+%s`, filepath.Join(dir, "trust"), filepath.Join(dir, "state"), filepath.Join(dir, "run"), engine, host, web, host, dir, dir, strings.Replace(web, ":", "/", 1), k.part(t))
+	if err := os.WriteFile(filepath.Join(dir, "config.toml"), []byte(config), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	program := ocitest.Server(t)
@@ -213,7 +247,9 @@ interval = "200ms"
 		t.Fatalf("the health command was told %q, %v", told, err)
 	}
 
-	// Two bad ones: a service that is sick, a service that ends with a last word.
+	// Two bad ones: a service that is sick, a service that ends with a last word. Both services go back, and nothing stays
+	// in the engine of what the first one left but in the slot.
+	var held []string
 	for _, bad := range []struct{ version, mode, why string }{
 		{"3.0.0", "sick", "500 Internal Server Error"},
 		{"4.0.0", "crash", "container meshupd-job-a ended: no such pump"},
@@ -232,6 +268,15 @@ interval = "200ms"
 		})
 		if d.Reason == nil || d.Reason.Code != verify.CodeHealth || !strings.Contains(d.Reason.Detail, bad.why) {
 			t.Fatalf("the status does not say %q: %+v", bad.why, d.Reason)
+		}
+		k.until(t, "both go on", func(control.DeviceStatus) bool {
+			return slices.Equal(e.Running(), []string{"meshupd-job-b", "meshupd-web-b"})
+		})
+		switch now := e.Images(); {
+		case held == nil:
+			held = now
+		case len(now) != len(held) || len(now) != 4:
+			t.Fatalf("the engine holds %q, and held %q after the release before", now, held)
 		}
 		if history := k.meshupd(t, "history", "--json"); !strings.Contains(history, bad.why) {
 			t.Fatalf("the history does not say %q:\n%s", bad.why, history)
@@ -255,6 +300,16 @@ interval = "200ms"
 
 	k.meshupd(t, "import", "--progress=none", k.release(t, "6.0.0", map[string][]byte{"web": image("6")}))
 	k.until(t, "confirmed", func(d control.DeviceStatus) bool { return d.State == control.StateConfirmed && d.Version == "6.0.0" })
+	if now := e.Images(); len(now) != 3 { // web twice, and job only where it is still part of the release
+		t.Fatalf("in the end the engine holds %q", now)
+	}
+	if halves {
+		raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", k.cmds[len(k.cmds)-1].Process.Pid))
+		must(t, err)
+		if !strings.Contains(string(raw), "CapEff:\t0000000000000000") {
+			t.Fatalf("the daemon has rights:\n%s", raw)
+		}
+	}
 }
 
 func tomlWords(words []string) string {

@@ -4,7 +4,8 @@
 //
 // It counts over all threads, which strace's when= does not: a call is named by what it does to which file below a folder
 // ("fsync state/counters.a", the third time), and not by its number, so that the same cut is found again though
-// goroutines run in another order. Programs that the program starts are not followed. It is for tests.
+// goroutines run in another order. The programs that it starts are followed when asked for; their calls are named "child ...".
+// It is for tests.
 package fault
 
 import (
@@ -33,6 +34,10 @@ type Spec struct {
 	// Kill ends the program before the call; else the call does not happen and fails with Errno.
 	Kill  bool
 	Errno syscall.Errno
+	// Children follows the programs that the program starts, too.
+	Children bool
+	// Alone makes Kill at a child's call end the child's process group, and the program goes on.
+	Alone bool
 	// Stays makes all later ones of these calls fail too.
 	Stays bool
 }
@@ -85,7 +90,11 @@ func (t *tracer) run() (int, error) {
 	if _, err := unix.Wait4(t.leader, &ws, unix.WALL, nil); err != nil {
 		return 0, fmt.Errorf("wait for the start: %w", err)
 	}
-	if err := unix.PtraceSetOptions(t.leader, unix.PTRACE_O_TRACESYSGOOD|unix.PTRACE_O_TRACECLONE|unix.PTRACE_O_EXITKILL); err != nil {
+	options := unix.PTRACE_O_TRACESYSGOOD | unix.PTRACE_O_TRACECLONE | unix.PTRACE_O_TRACEEXEC | unix.PTRACE_O_EXITKILL
+	if t.spec.Children {
+		options |= unix.PTRACE_O_TRACEFORK | unix.PTRACE_O_TRACEVFORK
+	}
+	if err := unix.PtraceSetOptions(t.leader, options); err != nil {
 		return 0, fmt.Errorf("trace: %w", err)
 	}
 	t.known[t.leader] = true
@@ -123,7 +132,7 @@ func (t *tracer) run() (int, error) {
 
 func (t *tracer) end(ws unix.WaitStatus) int {
 	switch {
-	case t.killed:
+	case t.killed && ws.Signaled():
 		return ExitKilled
 	case ws.Signaled():
 		return 128 + int(ws.Signal())
@@ -184,10 +193,33 @@ func (t *tracer) entry(tid int, info callInfo) error {
 	}
 	if t.spec.Kill {
 		t.killed = true
+		if t.spec.Alone && t.child(tid) {
+			return t.killGroup(tid)
+		}
 		return unix.Kill(t.leader, unix.SIGKILL)
 	}
 	t.failing[tid] = t.spec.Errno
 	return t.change(tid, func(r *unix.PtraceRegs) { r.Orig_rax = ^uint64(0) }) // no such call: nothing happens
+}
+
+// child says whether a thread is one of a program that the program started.
+func (t *tracer) child(tid int) bool {
+	if !t.spec.Children {
+		return false
+	}
+	_, err := os.Stat(fmt.Sprintf("/proc/%d/task/%d", t.leader, tid))
+	return err != nil
+}
+
+func (t *tracer) killGroup(tid int) error {
+	group, err := unix.Getpgid(tid)
+	if err != nil {
+		return fmt.Errorf("look for the group of a child: %w", err)
+	}
+	if own, err := unix.Getpgid(t.leader); err != nil || own == group {
+		return fmt.Errorf("a child without a group of its own (%v)", err)
+	}
+	return unix.Kill(-group, unix.SIGKILL)
 }
 
 func (t *tracer) change(tid int, change func(*unix.PtraceRegs)) error {
@@ -237,16 +269,19 @@ func (t *tracer) name(tid int, info callInfo) string {
 	if err != nil || !filepath.IsAbs(path) || strings.HasPrefix(rel, "..") {
 		return ""
 	}
+	if t.child(tid) {
+		name = "child " + name
+	}
 	return name + " " + volatile.ReplaceAllStringFunc(rel, func(s string) string {
-		if strings.HasPrefix(s, ".tmp-") {
-			return ".tmp-*"
+		if name, _, numbered := strings.Cut(s, "-"); numbered {
+			return name + "-*"
 		}
 		return "DIGEST"
 	})
 }
 
 // volatile are the parts of a name that differ from run to run.
-var volatile = regexp.MustCompile(`[0-9a-f]{64}|\.tmp-[0-9]+`)
+var volatile = regexp.MustCompile(`[0-9a-f]{64}|\.(tmp|spool)-[0-9]+`)
 
 const atCWD = ^uint64(99) // AT_FDCWD, -100
 

@@ -12,7 +12,9 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"os/user"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -28,34 +30,62 @@ type sold struct {
 	release, image         verify.Digest
 	size                   int64
 	factory                []byte
+	config                 verify.Digest // of the container
 }
 
 const product = "fault-kiosk"
 
+// model says how a machine is made.
+type model struct {
+	kind  string // "files", "container", or the bootloader of block slots: "grub", "custom"
+	split bool   // a daemon without rights, and meshupd apply
+}
+
+func (m model) String() string {
+	if m.split {
+		return m.kind + ", two halves"
+	}
+	return m.kind
+}
+
+func (m model) block() bool { return m.kind == "grub" || m.kind == "custom" }
+
 // machine is one device on this one: below root is what it keeps, beside it what the test needs.
 type machine struct {
 	sold
-	kind    string // "files", or the bootloader of block slots
+	model
 	dir     string
 	power   int
-	daemon  *exec.Cmd
-	ended   chan struct{} // closed when the daemon has
-	reboots *os.File      // a pipe that the restart command writes to
+	daemon  *process
+	apply   *process // nil in one piece
+	reboots *os.File // a pipe that the restart command writes to
 	api     *control.Client
 }
 
+// process is one half of the machine, or all of it, below its tracer.
+type process struct {
+	cmd   *exec.Cmd
+	ended chan struct{} // closed when it has
+}
+
+// gone is what a machine waits for that has no second half.
+var gone = &process{ended: make(chan struct{})}
+
 var machines atomic.Int32
 
-func newMachine(t *testing.T, s sold, kind string) *machine {
+func newMachine(t *testing.T, s sold, model model) *machine {
 	t.Helper()
 	dir, err := os.MkdirTemp("/dev/shm", "fault-") // most of the time would else be waiting for syncs
 	must(t, err)
-	m := &machine{sold: s, kind: kind, dir: dir}
+	m := &machine{sold: s, model: model, dir: dir, apply: gone}
 	t.Cleanup(func() {
 		m.off()
 		if t.Failed() {
-			log, _ := os.ReadFile(m.at("daemon.log"))
-			t.Logf("the daemon said:\n%s", log[max(0, len(log)-20000):])
+			for _, half := range []string{"daemon", "apply"} {
+				if log, err := os.ReadFile(m.at("log." + half)); err == nil {
+					t.Logf("the %s said:\n%s", half, log[max(0, len(log)-20000):])
+				}
+			}
 		}
 		os.RemoveAll(dir)
 	})
@@ -67,6 +97,11 @@ func newMachine(t *testing.T, s sold, kind string) *machine {
 	m.api = control.NewClient(m.at("root/run/api.sock"))
 	t.Cleanup(m.api.Close)
 	n := machines.Add(1)
+	halves := ""
+	if m.split {
+		halves = fmt.Sprintf("[apply]\nsocket = %q\nstate = %q\nuser = \"nobody\"\n", m.at("root/apply.sock"), m.at("root/own"))
+		m.giveToNobody(t)
+	}
 	must(t, os.WriteFile(m.at("meshupd.toml"), fmt.Appendf(nil, `product = %q
 hardware = "rev-a"
 channel = "stable"
@@ -86,7 +121,7 @@ command = ["true"]
 interval = "100ms"
 [store]
 reserve = "1MiB"
-`, product, s.anchor, m.at("root/state"), m.at("root/run"), n/250, n%250+1, m.slots(t)), 0o644))
+%s`, product, s.anchor, m.at("root/state"), m.at("root/run"), n/250, n%250+1, m.slots(t), halves), 0o644))
 	m.powerOn()
 	return m
 }
@@ -97,18 +132,29 @@ func (m *machine) slots(t *testing.T) string {
 		must(t, os.WriteFile(m.at("root/slots/a/rootfs"), m.factory, 0o644))
 		return fmt.Sprintf("folder = %q\nrestart = [\"true\"]", m.at("root/slots"))
 	}
+	if m.kind == "container" {
+		must(t, os.MkdirAll(m.at("root/engine"), 0o755))
+		write(m.at("root/engine/store.json"), fmt.Appendf(nil, `{"Images":{%q:%q}}`, containerRef+"a", factoryConfig))
+		return fmt.Sprintf("kind = \"container\"\nfolder = %q\ncontainer = { engine = \"podman\", command = [%q, \"--root\", %q], settle = \"100ms\", services = { rootfs = {} } }",
+			m.at("root/slots"), engine, m.at("root/engine"))
+	}
 	must(t, os.WriteFile(m.at("root/part-a"), m.factory, 0o644))
 	must(t, os.WriteFile(m.at("root/part-b"), make([]byte, len(m.factory)), 0o644))
+	boot := fmt.Sprintf("bootloader = \"custom\"\nboot = { command = [\"sh\", %q] }", m.at("custom.sh"))
+	if m.kind == "grub" {
+		boot = fmt.Sprintf("bootloader = \"grub\"\nboot = { env = %q }", m.at("root/grubenv"))
+	}
+	write(m.at("custom.sh"), fmt.Appendf(nil, customBoot, m.at("root/boot")))
+	write(m.at("root/boot"), []byte("a\n"))
 	m.saveGRUB(map[string]string{"ORDER": "A B", "A_OK": "1", "A_TRY": "0", "B_OK": "0", "B_TRY": "0"})
 	return fmt.Sprintf(`kind = "block"
 a = %q
 b = %q
 folder = %q
-bootloader = "grub"
-boot = { env = %q }
+%s
 restart = ["sh", "-c", "echo now >%s"]
 restart_timeout = "1m"`,
-		m.at("root/part-a"), m.at("root/part-b"), m.at("root/slots"), m.at("root/grubenv"), m.at("reboots"))
+		m.at("root/part-a"), m.at("root/part-b"), m.at("root/slots"), boot, m.at("reboots"))
 }
 
 func must(t *testing.T, err error) {
@@ -120,15 +166,63 @@ func must(t *testing.T, err error) {
 
 func (m *machine) at(name string) string { return filepath.Join(m.dir, name) }
 
+// giveToNobody makes the daemon's folders the daemon's.
+func (m *machine) giveToNobody(t *testing.T) {
+	nobody, err := user.Lookup("nobody")
+	must(t, err)
+	uid, err := strconv.Atoi(nobody.Uid)
+	must(t, err)
+	must(t, os.Chmod(m.dir, 0o755))
+	for _, name := range []string{"root/state", "root/run"} {
+		must(t, os.MkdirAll(m.at(name), 0o755))
+		must(t, os.Chown(m.at(name), uid, -1))
+	}
+}
+
+// customBoot is a bootloader of an integrator: one file, "DEFAULT" or "DEFAULT TRIAL LEFT", that is replaced by rename.
+const customBoot = `set -eu
+file=%q
+put() { echo "$*" >"$file.new"; sync "$file.new"; mv "$file.new" "$file"; sync "${file%%/*}"; }
+read -r default trial left <"$file" || :
+case "$1" in
+get-state)
+	if [ -n "${trial:-}" ]; then echo "{\"default\":\"$default\",\"trial\":\"$trial\",\"left\":$left}"; else echo "{\"default\":\"$default\"}"; fi ;;
+try) if [ "$2" = "$default" ]; then put "$default"; else put "$default" "$2" "$3"; fi ;;
+confirm | fallback) put "$2" ;;
+esac
+`
+
+// customPicks is the slot that the integrator's bootloader starts next, and what it writes when it does.
+func (m *machine) customPicks() (slot, after string) {
+	raw, err := os.ReadFile(m.at("root/boot"))
+	if err != nil {
+		panic(err)
+	}
+	var trial string
+	var left int
+	if n, _ := fmt.Sscan(string(raw), &slot, &trial, &left); n == 3 && left > 0 {
+		return trial, fmt.Sprintf("%s %s %d\n", slot, trial, left-1)
+	}
+	return slot, string(raw)
+}
+
 // powerOn does what GRUB does by packaging/boot/grub.cfg.
 func (m *machine) powerOn() {
 	m.power++
-	if m.kind != "grub" {
+	slot := ""
+	switch m.kind {
+	case "files", "container":
 		return
+	case "custom":
+		next, after := m.customPicks()
+		write(m.at("root/boot"), []byte(after))
+		slot = next
+	default:
+		pick, vars := m.grubPicks()
+		vars[pick+"_TRY"] = "1"
+		m.saveGRUB(vars)
+		slot = pick
 	}
-	slot, vars := m.grubPicks()
-	vars[slot+"_TRY"] = "1"
-	m.saveGRUB(vars)
 	write(m.at("cmdline"), []byte("quiet meshupd.slot="+strings.ToLower(slot)+"\n"))
 	write(m.at("boot_id"), fmt.Appendf(nil, "boot-%d\n", m.power))
 }
@@ -174,21 +268,40 @@ func (m *machine) saveGRUB(vars map[string]string) {
 	write(m.at("root/grubenv"), append(block, bytes.Repeat([]byte("#"), 1024-len(block))...))
 }
 
-// start starts the daemon below the tracer, which logs to the file named.
-func (m *machine) start(t *testing.T, log string, p point) {
+// start starts what the machine runs. The point is met by the half that it names.
+func (m *machine) start(t *testing.T, nth int, p point) {
 	t.Helper()
-	argv := []string{os.Args[0], "fault", m.at(log), m.at("root"), p.call, fmt.Sprint(p.nth), p.how,
-		m.binary, "daemon", "--config", m.at("meshupd.toml")}
-	if m.kind != "files" {
+	if m.split {
+		m.apply = m.startHalf(t, "apply", nth, p)
+	}
+	m.daemon = m.startHalf(t, "daemon", nth, p)
+}
+
+// startHalf starts one half below the tracer, which logs to calls.HALF.NTH.
+func (m *machine) startHalf(t *testing.T, half string, nth int, p point) *process {
+	t.Helper()
+	if p.half != half {
+		p = none
+	}
+	argv := []string{os.Args[0], "fault", m.at(fmt.Sprintf("calls.%s.%d", half, nth)), m.at("root"), p.call, fmt.Sprint(p.nth), p.how, fmt.Sprint(m.kind == "custom" || m.kind == "container")}
+	switch {
+	case half == "apply":
+		argv = append(argv, m.binary, "apply", "--config", m.at("meshupd.toml"), "--socket", m.at("root/apply.sock"))
+	case m.split:
+		argv = append(argv, "setpriv", "--reuid", "nobody", "--regid", "nogroup", "--clear-groups", "--no-new-privs", m.binary, "daemon", "--config", m.at("meshupd.toml"))
+	default:
+		argv = append(argv, m.binary, "daemon", "--config", m.at("meshupd.toml"))
+	}
+	if m.block() {
 		// The kernel's word on which slot runs, and in which start of the machine.
 		argv = append([]string{"unshare", "-m", "--propagation", "private", "sh", "-c",
 			`mount --bind "$1" /proc/cmdline && mount --bind "$2" /proc/sys/kernel/random/boot_id && shift 2 && exec "$@"`,
 			"sh", m.at("cmdline"), m.at("boot_id")}, argv...)
 	}
-	out, err := os.OpenFile(m.at("daemon.log"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o644)
+	out, err := os.OpenFile(m.at("log."+half), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o644)
 	must(t, err)
 	defer out.Close()
-	fmt.Fprintf(out, "---- start of the daemon in power-on %d, fault %v\n", m.power, p)
+	fmt.Fprintf(out, "---- start of the %s in power-on %d, fault %v\n", half, m.power, p)
 	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Stdout, cmd.Stderr = out, out
 	must(t, cmd.Start())
@@ -197,17 +310,18 @@ func (m *machine) start(t *testing.T, log string, p point) {
 		_ = cmd.Wait() // its exit code is read from ProcessState
 		close(ended)
 	}()
-	m.daemon, m.ended = cmd, ended
+	return &process{cmd, ended}
 }
 
-// off ends the daemon as the end of the power would, and returns when it is gone.
+// off ends both halves as the end of the power would, and returns when they are gone.
 func (m *machine) off() {
-	if m.daemon == nil {
-		return
+	for _, p := range []*process{m.daemon, m.apply} {
+		if p != nil && p.cmd != nil {
+			_ = p.cmd.Process.Signal(syscall.SIGUSR1)
+			<-p.ended
+		}
 	}
-	_ = m.daemon.Process.Signal(syscall.SIGUSR1)
-	<-m.ended
-	m.daemon = nil
+	m.daemon, m.apply = nil, gone
 }
 
 // bring runs `meshupd import`, as a technician does.
@@ -220,9 +334,12 @@ func (m *machine) bring(ctx context.Context) (string, error) {
 
 // startable is the content that the next power-on would start.
 func (m *machine) startable() (verify.Digest, string, error) {
-	if m.kind != "files" {
+	if m.block() {
 		pick, _ := m.grubPicks()
 		slot := strings.ToLower(pick)
+		if m.kind == "custom" {
+			slot, _ = m.customPicks()
+		}
 		sum, err := m.holds(slot)
 		return sum, slot, err
 	}
@@ -239,6 +356,9 @@ func (m *machine) startable() (verify.Digest, string, error) {
 
 // holds is the digest of what is really in a slot.
 func (m *machine) holds(slot string) (verify.Digest, error) {
+	if m.kind == "container" {
+		return m.holdsContainer(slot)
+	}
 	path := m.at("root/part-" + slot)
 	if m.kind == "files" {
 		path = filepath.Join(m.at("root/slots"), slot, "rootfs")
@@ -251,6 +371,28 @@ func (m *machine) holds(slot string) (verify.Digest, error) {
 	h := sha256.New()
 	_, err = io.Copy(h, io.LimitReader(f, m.size))
 	return verify.Digest(h.Sum(nil)), err
+}
+
+// The container's reference without the slot, and the config of what the factory loaded.
+const (
+	containerRef  = "localhost/meshupd/rootfs:"
+	factoryConfig = "0000000000000000000000000000000000000000000000000000000000000001"
+)
+
+// holdsContainer asks the engine's store.
+func (m *machine) holdsContainer(slot string) (verify.Digest, error) {
+	var store struct{ Images map[string]string }
+	raw, err := os.ReadFile(m.at("root/engine/store.json"))
+	if err == nil {
+		err = json.Unmarshal(raw, &store)
+	}
+	switch store.Images[containerRef+slot] {
+	case factoryConfig:
+		return sha256.Sum256(m.factory), err
+	case m.config.String():
+		return m.image, err
+	}
+	return verify.Digest{}, errors.Join(err, fmt.Errorf("the engine has the image %q", store.Images[containerRef+slot]))
 }
 
 // judge looks at the disk of a machine that is off: what would start is whole, and no record says more than is there.
