@@ -43,7 +43,7 @@ func (h *half) makeSlots(t *testing.T) {
 		h.cfg.Slots.Delegate.Command = script
 	case "container":
 		h.cfg.Slots.Container.Engine, h.cfg.Slots.Container.Settle = "podman", Duration(10*time.Millisecond)
-		h.cfg.Slots.Container.Command = []string{fakePodman(t), "--root", h.dir}
+		h.cfg.Slots.Container.Command = []string{h.podman, "--root", h.dir}
 		h.cfg.Slots.Container.Services = map[string]ServiceConfig{"web": {}}
 	}
 }
@@ -178,10 +178,11 @@ func TestApplyIsLiedToAboutEveryKind(t *testing.T) {
 			return h.askWrite(t, rel.ID())
 		}},
 	}
+	podman := fakePodman(t)
 	for _, kind := range []string{"block", "command", "container"} {
 		for _, tt := range lies {
 			t.Run(kind+", "+tt.name, func(t *testing.T) {
-				h := newHalfOf(t, kind, func(*half) {})
+				h := newHalfOf(t, kind, func(h *half) { h.podman = podman })
 				if got := tt.lie(t, h); got != tt.want {
 					t.Errorf("the answer is %q, not %q", got, tt.want)
 				}

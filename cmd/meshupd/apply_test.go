@@ -32,6 +32,7 @@ import (
 // owns the store and may say anything on the socket.
 type half struct {
 	kind   string // of the slots
+	podman string // the engine of containers
 	dir    string
 	vendor *verifytest.Vendor
 	sold   atomic.Int32
@@ -58,8 +59,8 @@ func newHalfOf(t *testing.T, kind string, set func(*half)) *half {
 	h.cfg.Slots.Folder, h.cfg.Slots.Factory = filepath.Join(dir, "slots"), "1.0.0"
 	h.cfg.Apply.Socket, h.cfg.Apply.State = h.socket, filepath.Join(dir, "own")
 	h.cfg.Health.Deadline, h.cfg.Health.Interval = Duration(50*time.Millisecond), Duration(10*time.Millisecond)
-	h.makeSlots(t)
 	set(h)
+	h.makeSlots(t)
 	for _, name := range []string{"heads", "images"} {
 		if err := os.MkdirAll(h.store(name), 0o755); err != nil {
 			t.Fatal(err)
@@ -435,8 +436,9 @@ func talksOver(t *testing.T, h *half) verify.Code {
 // The bytes are swapped all the time, between those that were signed and others, by rename and in place: what counts as
 // whole was hashed while it was written and read back, so no swap gets through.
 func TestApplyWhileTheImageIsSwapped(t *testing.T) {
+	podman := fakePodman(t)
 	for _, kind := range []string{"files", "block", "command", "container"} {
-		t.Run(kind, func(t *testing.T) { swapped(t, newHalfOf(t, kind, func(*half) {})) })
+		t.Run(kind, func(t *testing.T) { swapped(t, newHalfOf(t, kind, func(h *half) { h.podman = podman })) })
 	}
 }
 

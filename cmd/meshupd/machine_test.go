@@ -14,6 +14,9 @@ import (
 // firmware is a script: with the real RAUC, an integrator's installer, or block slots and GRUB's environment; in one piece, or in
 // two halves as two users. CI has what they need.
 func TestMachines(t *testing.T) {
+	if testing.Short() {
+		t.Skip("starts machines again and again; not in the short run")
+	}
 	for _, name := range []string{"rauc", "dbus-daemon", "gdbus", "openssl", "grub-editenv", "mksquashfs", "setsid", "setpriv", "unshare"} {
 		if _, err := exec.LookPath(name); err != nil || os.Geteuid() != 0 {
 			if os.Getenv("CI") != "" {

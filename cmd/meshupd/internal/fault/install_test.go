@@ -131,6 +131,9 @@ func sell(t *testing.T, kind model) sold {
 // come to the end by itself; only an import that was cut is made again. The same calls then fail, with EIO and with
 // ENOSPC: the device says so with a code, what it runs is untouched, and with a sound disk it comes to the end.
 func TestInstallOutlivesEveryCut(t *testing.T) {
+	if testing.Short() {
+		t.Skip("hundreds of lives of a daemon; not in the short run")
+	}
 	for _, kind := range []model{{kind: "files"}, {kind: "grub"}, {kind: "custom"}, {kind: "container"}, {kind: "files", split: true}, {kind: "grub", split: true}} {
 		t.Run(kind.String(), func(t *testing.T) {
 			if (kind.block() || kind.split) && os.Getuid() != 0 {
