@@ -218,7 +218,6 @@ func TestApplyAsksEverySortOfCheck(t *testing.T) {
 			t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
 			h := newHalfOf(t, "files", func(h *half) {
 				c := &h.cfg.Health
-				c.Deadline = Duration(300 * time.Millisecond)
 				switch sort {
 				case "command":
 					c.Command = []string{"test", "-e", well}

@@ -58,7 +58,8 @@ func newHalfOf(t *testing.T, kind string, set func(*half)) *half {
 	h.cfg.Product, h.cfg.Trust, h.cfg.State = "kiosk-a", h.vendor.Anchor(), filepath.Join(dir, "net")
 	h.cfg.Slots.Folder, h.cfg.Slots.Factory = filepath.Join(dir, "slots"), "1.0.0"
 	h.cfg.Apply.Socket, h.cfg.Apply.State = h.socket, filepath.Join(dir, "own")
-	h.cfg.Health.Deadline, h.cfg.Health.Interval = Duration(50*time.Millisecond), Duration(10*time.Millisecond)
+	// What fails does so after a few rounds, and what passes has time on a busy machine.
+	h.cfg.Health.Deadline, h.cfg.Health.Interval, h.cfg.Health.Retries = Duration(time.Minute), Duration(10*time.Millisecond), 2
 	set(h)
 	h.makeSlots(t)
 	for _, name := range []string{"heads", "images"} {
