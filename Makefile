@@ -54,7 +54,7 @@ fuzz: ## every fuzz target for FUZZTIME
 torture: ## what takes longer than a change should wait: images beyond 4 GiB, many more random histories
 	MESHUPD_TORTURE=1 $(GO) test -timeout 60m -rapid.checks=5000 ./verify
 	MESHUPD_TORTURE=1 $(GO) test -count=1 -timeout 180m ./install/...
-	MESHUPD_TORTURE=1 $(GO) test -count=1 -timeout 30m ./cmd/meshupd/internal/fault
+	MESHUPD_TORTURE=1 $(GO) test -count=1 -timeout 60m ./cmd/meshupd/internal/fault
 	$(GO) test -run '^$$' -bench BlockWrite -benchtime 7x -timeout 60m ./install
 
 bench: build ## the figures of the README, as ratios in one run; needs network namespaces
