@@ -174,13 +174,16 @@ func TestSWUpdateForReal(t *testing.T) {
 		},
 		"no image at all": func() []byte { return noise(4, 5000) },
 	})
-	lab.told = nil
-	must(t, "write a large one", lab.write(pack("right", noise(5, 1<<20))))
-	t.Logf("told %d", lab.told)
-	// The check of the bytes is the first quarter, and the end is told by us: all between them comes from swupdate.
-	if !slices.ContainsFunc(lab.told, func(n int) bool { return n > 25 && n < 100 }) {
-		t.Errorf("of its progress nothing was told but %d", lab.told)
+	// The check of the bytes is the first quarter, and the end is told by us: all between them comes from swupdate. It tells
+	// those who have come by then, and on a busy machine it can be done before.
+	for try := range 10 {
+		lab.told = nil
+		must(t, "write a large one", lab.write(pack("right", noise(uint64(5+try), 8<<20))))
+		if slices.ContainsFunc(lab.told, func(n int) bool { return n > 25 && n < 100 }) {
+			return
+		}
 	}
+	t.Errorf("of its progress nothing was told but %d", lab.told)
 }
 
 // menderModule installs to the slot that it is told, and can be rolled back, so that mender waits for a commit.
