@@ -112,7 +112,8 @@ func (e *engine) clientConfig() *torrent.ClientConfig {
 	c.MaxUnverifiedBytes = 0
 	// A request is not taken from one connection to be made over another while both stand: the first ends when the new
 	// parent has sent something, and what was asked of it is free then. Taking it earlier sends pieces twice.
-	c.StealRequestGrace = time.Hour
+	// A peer that lets one stand for so long gives nothing, though.
+	c.StealRequestGrace = 2 * time.Second
 	c.MaxAllocPeerRequestDataPerConn = 1 << 20
 	c.EstablishedConnsPerTorrent = 30
 	c.Extensions = pp.NewPeerExtensionBytes(pp.ExtensionBitLtep, pp.ExtensionBitFast)

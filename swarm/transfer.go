@@ -384,6 +384,9 @@ func (t *transfer) judge(now time.Time, others site) {
 	defer t.mu.Unlock()
 	slack := t.slack(now)
 	p.got = got
+	if has && silent && p.asked == 0 {
+		p.nudge() // what is lacking may be asked of a peer that does not answer
+	}
 	switch {
 	case !has && silent && now.Sub(p.lastUseful()) > starvedAfter && others.withholds(p.addr.id, slack):
 	case !has:
