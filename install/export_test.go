@@ -79,3 +79,9 @@ func DropCache(path string) error {
 	}
 	return f.Close()
 }
+
+// WithHookStep puts faults into the notes of Hooked.
+func WithHookStep(h *Hooked, step func(name string, do func() error) error) *Hooked {
+	h.step = step
+	return h
+}

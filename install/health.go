@@ -21,6 +21,9 @@ type Health struct {
 	Files []string
 	Fresh time.Duration
 
+	// Hooks may have a health hook, which is one more check.
+	Hooks Hooks
+
 	// Grace is how long the first round is put off. It is part of the Deadline.
 	Grace time.Duration
 	// Deadline is how long the slot may take to become healthy; 5 minutes when zero.
@@ -100,6 +103,14 @@ func (h Health) probes() []probe {
 			return command{argv: h.Command, env: append(slotEnv(h.Slot, h.Version), h.Env...), timeout: timeout}.run(ctx)
 		}})
 	}
+	// Its own sentence names the hook. One that is there and cannot be run is a check that fails.
+	if path, err := h.Hooks.find(HookHealth); path != "" || err != nil {
+		list = append(list, probe{"", func(ctx context.Context, timeout time.Duration) error {
+			hooks := h.Hooks
+			hooks.Timeout = min(timeout, orElse(hooks.Timeout, timeout))
+			return hooks.Run(ctx, HookHealth, append(slotEnv(h.Slot, h.Version), h.Env...)...)
+		}})
+	}
 	for _, url := range h.HTTP {
 		list = append(list, probe{"http " + url, func(ctx context.Context, timeout time.Duration) error { return probeHTTP(ctx, url, timeout) }})
 	}
@@ -116,6 +127,9 @@ func (h Health) probes() []probe {
 func round(ctx context.Context, probes []probe, timeout time.Duration) error {
 	for _, p := range probes {
 		if err := p.run(ctx, timeout); err != nil {
+			if p.name == "" {
+				return err
+			}
 			return fmt.Errorf("%s: %w", p.name, err)
 		}
 	}

@@ -47,6 +47,7 @@ func (n *Node) live(ctx context.Context) error {
 		looked := time.Now()
 		n.pulse.beat("look", quietLook)
 		v, err := n.observe(ctx)
+		n.tellState()
 		if err == nil {
 			step := next(v.facts)
 			if step == StepWait || step == StepFetch {
@@ -69,12 +70,14 @@ func (n *Node) live(ctx context.Context) error {
 				n.poke()
 				continue
 			}
+			n.notePutOff(err, v)
 			n.log.Error("step failed", "do", step.String(), "code", verify.CodeOf(err), "err", err)
 		}
 		if ctx.Err() != nil {
 			break
 		}
 		n.setTrouble(err)
+		n.tellState()
 		pause = min(max(2*pause, time.Second), time.Minute)
 		n.pauseFor(ctx, pause)
 	}
@@ -352,6 +355,25 @@ func (n *Node) installerRefused(err error, v view) error {
 		return errors.Join(err, fmt.Errorf("remember the refused release: %w", kept))
 	}
 	return nil
+}
+
+// notePutOff keeps in the history that a hook of the device put a release off, once: it is asked again and again. It is no
+// verdict about the release, however often that happens: a hook judges the device, and nothing was written in vain.
+func (n *Node) notePutOff(err error, v view) {
+	code := verify.CodeOf(err)
+	if code != verify.CodeHook && code != verify.CodeHeld || v.target == nil || n.putOff[v.target.ID()] == code {
+		return
+	}
+	n.putOff = map[verify.Digest]verify.Code{v.target.ID(): code}
+	n.record(Event{Kind: EventBlocked, From: v.slots.Slots[v.slots.Booted].Version, To: versionOf(v.target),
+		Took: time.Since(v.started), Code: code, Detail: err.Error()})
+}
+
+// tellState lets Config.StateChanged know.
+func (n *Node) tellState() {
+	if n.cfg.StateChanged != nil {
+		n.cfg.StateChanged(n.status())
+	}
 }
 
 func (n *Node) openImage(img verify.Image) (io.ReadCloser, error) { return n.store.Open(img.SHA256) }

@@ -53,6 +53,8 @@ type Config struct {
 	// What is less than five minutes counts as five.
 	Quiet  func(Step) time.Duration
 	Policy Policy
+	// StateChanged, if not nil, is told this device's status by the loop in each round, and must not wait.
+	StateChanged func(DeviceStatus)
 	// Hold, if not nil, says whether the new version may be armed and started now, and if not, why and when to ask again.
 	Hold func() (hold HoldFact, why string, again time.Duration)
 
@@ -83,7 +85,8 @@ type Node struct {
 	wake  chan struct{}
 	pulse pulse // of the loop
 
-	refusals map[verify.Digest]int // by the installer, since the daemon started; the loop owns it
+	refusals map[verify.Digest]int         // by the installer, since the daemon started; the loop owns it
+	putOff   map[verify.Digest]verify.Code // by a hook, as the history knows it; the loop owns it
 
 	adopting sync.Mutex // held while a release is taken in
 
@@ -116,7 +119,7 @@ func New(cfg Config) (*Node, error) {
 		cfg: cfg, log: cfg.Log,
 		wake:     make(chan struct{}, 1),
 		releases: map[verify.Digest]*verify.Release{},
-		refusals: map[verify.Digest]int{},
+		refusals: map[verify.Digest]int{}, putOff: map[verify.Digest]verify.Code{},
 		recalled: map[verify.Digest]bool{}, importing: map[*Import]bool{},
 		heard:   map[string]DeviceState{},
 		changed: make(chan struct{}),

@@ -97,7 +97,7 @@ func (n *Node) status() DeviceStatus {
 	st.Reason = n.reasonLocked(v, transfers)
 	if st.Reason == nil && v.held != "" {
 		st.Reason = &Reason{Code: verify.CodeHeld, Detail: v.held}
-	} else if st.Reason != nil && (v.state == StateFetching || v.state == StateFetched || v.state == StateInstalled || v.state == StateWaiting) {
+	} else if st.Reason != nil && st.Reason.Code != verify.CodeHeld && (v.state == StateFetching || v.state == StateFetched || v.state == StateInstalled || v.state == StateWaiting) {
 		st.State = string(StateBlocked)
 	}
 	for _, t := range transfers {

@@ -41,6 +41,7 @@ const (
 	CodeBoot       Code = "E-BOOT"        // the boot state cannot be read or changed
 	CodeRestart    Code = "E-RESTART"     // the restart command failed
 	CodeHeld       Code = "E-HELD"        // the restart into the new version has to wait
+	CodeHook       Code = "E-HOOK"        // a hook of this device refused or failed
 	CodeSpace      Code = "E-SPACE"       // not enough free space
 	CodeIO         Code = "E-IO"          // the disk or stick failed
 	CodeAdmission  Code = "E-ADMISSION"   // a neighbour did not prove membership

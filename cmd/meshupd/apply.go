@@ -154,7 +154,7 @@ func openApply(ctx context.Context, cfg Config, uid uint32, log *slog.Logger) (*
 		State: cfg.Apply.State, Door: door,
 		Device: verify.Device{Product: cfg.Product, Hardware: cfg.Hardware, Channel: cfg.Channel,
 			Meshupd: buildVersion().Version, Takes: cfg.Slots.takes()},
-		Slots: localInstaller{slots, cfg.Health.health()}, Shelf: swarm.View{State: cfg.State},
+		Slots: localInstaller{slots, cfg.health()}, Shelf: swarm.View{State: cfg.State},
 		UIDs: []uint32{uid}, Idle: time.Duration(cfg.Apply.Idle), Log: log,
 	})
 }

@@ -46,6 +46,12 @@ func newHalf(t *testing.T, health ...string) *half {
 	return newHalfOf(t, "files", func(h *half) { h.cfg.Health.Command = health })
 }
 
+// newHalfWith makes one with slots of files; more may change its config.
+func newHalfWith(t *testing.T, more func(*Config)) *half {
+	t.Helper()
+	return newHalfOf(t, "files", func(h *half) { more(&h.cfg) })
+}
+
 // newHalfOf makes one with slots of a kind; set may change its config.
 func newHalfOf(t *testing.T, kind string, set func(*half)) *half {
 	t.Helper()
@@ -58,6 +64,7 @@ func newHalfOf(t *testing.T, kind string, set func(*half)) *half {
 	h.cfg.Product, h.cfg.Trust, h.cfg.State = "kiosk-a", h.vendor.Anchor(), filepath.Join(dir, "net")
 	h.cfg.Slots.Folder, h.cfg.Slots.Factory = filepath.Join(dir, "slots"), "1.0.0"
 	h.cfg.Apply.Socket, h.cfg.Apply.State = h.socket, filepath.Join(dir, "own")
+	h.cfg.Hooks.Dir = ""
 	// What fails does so after a few rounds, and what passes has time on a busy machine.
 	h.cfg.Health.Deadline, h.cfg.Health.Interval, h.cfg.Health.Retries = Duration(time.Minute), Duration(10*time.Millisecond), 2
 	set(h)

@@ -88,7 +88,7 @@ func siteRelease(rel *verify.Release) control.SiteRelease {
 }
 
 // selfMending are the reasons that go away without a person at this device.
-var selfMending = map[verify.Code]bool{verify.CodeSpace: true, verify.CodeHeld: true, verify.CodePeer: true, verify.CodeTimeout: true, verify.CodeApply: true}
+var selfMending = map[verify.Code]bool{verify.CodeSpace: true, verify.CodeHeld: true, verify.CodeHook: true, verify.CodePeer: true, verify.CodeTimeout: true, verify.CodeApply: true}
 
 func deviceStatus(d peer.DeviceView, names map[string]string) control.DeviceStatus {
 	st := d.Status

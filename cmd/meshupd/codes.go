@@ -152,6 +152,10 @@ var codeTexts = map[verify.Code]codeText{
 		"The restart into the new version has to wait: the policy of the device or something on it holds it back.",
 		"nothing is wrong; it goes on by itself when what it names is over.", exitFailed, "goes on by itself",
 	},
+	verify.CodeHook: {
+		"A hook of this device refused, or could not be run.",
+		"its reason is the last line that it printed to standard error; look at it in the folder `hooks.dir`. It is asked again by itself.", exitFailed, "asked again by itself",
+	},
 	verify.CodeSpace: {
 		"There is not enough free space.",
 		"free that much space, then do it again; nothing was begun.", exitNoSpace, "free space, it then goes on",

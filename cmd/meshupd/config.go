@@ -37,6 +37,7 @@ type Config struct {
 	Slots  SlotsConfig  `toml:"slots"`
 	Apply  ApplyConfig  `toml:"apply"`
 	Health HealthConfig `toml:"health"`
+	Hooks  HooksConfig  `toml:"hooks"`
 	Store  StoreConfig  `toml:"store"`
 	Limits LimitsConfig `toml:"limits"`
 	Policy PolicyConfig `toml:"policy"`
@@ -110,6 +111,7 @@ func defaultConfig() Config {
 				Settle: Duration(5 * time.Second), Services: map[string]ServiceConfig{}}},
 		Apply:  ApplyConfig{State: "/var/lib/meshupd-apply", User: "meshupd", Idle: Duration(30 * time.Second)},
 		Health: defaultHealth(),
+		Hooks:  defaultHooks(),
 		Store:  StoreConfig{Reserve: 64 << 20},
 		Policy: PolicyConfig{Auto: "install", Restart: "auto", Window: []string{}, InhibitDir: "/run/meshupd/inhibit.d"},
 		Log:    LogConfig{Level: "info", Format: "text"},
@@ -131,7 +133,7 @@ var namePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,63}$`)
 
 // Validate checks what types cannot say. The error is a *fieldError for the first value that cannot be used.
 func (c *Config) Validate() error {
-	for _, check := range []func() error{c.checkDevice, c.checkMesh, c.checkSlots, c.checkApply, c.checkHealth, c.checkPolicy, c.checkRest} {
+	for _, check := range []func() error{c.checkDevice, c.checkMesh, c.checkSlots, c.checkApply, c.checkHealth, c.checkHooks, c.checkPolicy, c.checkRest} {
 		if err := check(); err != nil {
 			return err
 		}

@@ -31,9 +31,10 @@ const memoryLimit = 48 << 20
 func runDaemon(ctx context.Context, cfg Config, log *slog.Logger) error {
 	debug.SetGCPercent(50)
 	debug.SetMemoryLimit(memoryLimit)
+	states := newStateHook(cfg, log)
 	var node *peer.Node
 	err := extending(saySystemd, func() (err error) {
-		node, err = openNode(ctx, cfg, log)
+		node, err = openNode(ctx, cfg, states.changed, log)
 		return err
 	})
 	if err != nil {
@@ -50,6 +51,7 @@ func runDaemon(ctx context.Context, cfg Config, log *slog.Logger) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return node.Run(ctx) })
 	g.Go(func() error { return server.Serve(ctx, ln) })
+	g.Go(func() error { return states.run(ctx) })
 	g.Go(func() error { return writeState(ctx, node, filepath.Join(cfg.Run, "state")) })
 	g.Go(func() error { return newGuard(node.Alive, log).run(ctx) })
 	log.Info("started", "name", cfg.Name, "product", cfg.Product, "id", node.ID(), "socket", cfg.Socket())
@@ -61,7 +63,7 @@ func runDaemon(ctx context.Context, cfg Config, log *slog.Logger) error {
 	return err
 }
 
-func openNode(ctx context.Context, cfg Config, log *slog.Logger) (*peer.Node, error) {
+func openNode(ctx context.Context, cfg Config, changed func(peer.DeviceStatus), log *slog.Logger) (*peer.Node, error) {
 	inst, err := openInstaller(ctx, cfg, log)
 	if err != nil {
 		return nil, err
@@ -70,6 +72,7 @@ func openNode(ctx context.Context, cfg Config, log *slog.Logger) (*peer.Node, er
 	if err != nil {
 		return nil, err
 	}
+	pcfg.StateChanged = changed
 	return peer.New(pcfg)
 }
 

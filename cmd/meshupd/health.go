@@ -73,8 +73,10 @@ func (c *Config) checkHealth() error {
 	return nil
 }
 
-func (h HealthConfig) health() install.Health {
-	return install.Health{Command: h.Command, HTTP: h.HTTP, Units: h.Units, Files: h.Files, Fresh: time.Duration(h.Fresh),
+// health are the checks of the config, and the hook.
+func (c *Config) health() install.Health {
+	h := c.Health
+	return install.Health{Hooks: c.hooks(), Command: h.Command, HTTP: h.HTTP, Units: h.Units, Files: h.Files, Fresh: time.Duration(h.Fresh),
 		Grace: time.Duration(h.Grace), Deadline: time.Duration(h.Deadline), Interval: time.Duration(h.Interval),
 		Timeout: time.Duration(h.Timeout), Passes: h.Passes, Retries: h.Retries}
 }

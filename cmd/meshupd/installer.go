@@ -33,12 +33,40 @@ type localInstaller struct {
 }
 
 func (l localInstaller) straight() peer.Straight {
-	s, _ := l.startedSlots.(peer.Straight)
+	s, ok := l.bare().(peer.Straight)
+	if hooked, has := l.startedSlots.(*install.Hooked); ok && has {
+		return hookedStraight{s, hooked}
+	}
 	return s
 }
 
+// bare are the slots without the hooks.
+func (l localInstaller) bare() startedSlots {
+	if hooked, ok := l.startedSlots.(*install.Hooked); ok {
+		return hooked.Inner()
+	}
+	return l.startedSlots
+}
+
+// hookedStraight asks pre-install before the first piece changes the slot: that is when the version in it is lost.
+type hookedStraight struct {
+	peer.Straight
+	hooked *install.Hooked
+}
+
+func (h hookedStraight) OpenIdle(ctx context.Context, img verify.Image) (*install.IdleSlot, error) {
+	if err := h.hooked.PreInstall(ctx, verify.Digest{}, ""); err != nil {
+		return nil, err
+	}
+	return h.Straight.OpenIdle(ctx, img)
+}
+
+func (h hookedStraight) Adopt(ctx context.Context, rel *verify.Release, images []verify.Image, progress func(done, total int64)) error {
+	return h.hooked.Install(ctx, rel, func() error { return h.Straight.Adopt(ctx, rel, images, progress) })
+}
+
 func (l localInstaller) wrote() func() (written, same int64) {
-	if block, ok := l.startedSlots.(*install.Block); ok {
+	if block, ok := l.bare().(*install.Block); ok {
 		return block.Wrote
 	}
 	return nil
@@ -49,10 +77,10 @@ func (l localInstaller) learn(context.Context, *verify.Release) error { return n
 
 func (l localInstaller) Check(ctx context.Context, slot install.SlotName, version string) error {
 	check := l.health.For(slot, version)
-	if containers, ok := l.startedSlots.(*install.Containers); ok {
+	if containers, ok := l.bare().(*install.Containers); ok {
 		check.Env = containers.Env(slot)
 	}
-	if watching, ok := l.startedSlots.(watched); ok {
+	if watching, ok := l.bare().(watched); ok {
 		return watching.Check(ctx, slot, check.Check)
 	}
 	return check.Check(ctx)
@@ -71,5 +99,5 @@ func openInstaller(ctx context.Context, cfg Config, log *slog.Logger) (installer
 	if err != nil {
 		return nil, err
 	}
-	return localInstaller{slots, cfg.Health.health()}, nil
+	return localInstaller{slots, cfg.health()}, nil
 }

@@ -160,9 +160,15 @@ func (s SlotsConfig) bootloader() install.Loader {
 }
 
 // startedSlots is a back end with what the daemon calls once before anything else.
-type startedSlots interface {
-	install.Slots
-	Start(ctx context.Context) error
+type startedSlots = install.StartedSlots
+
+// openSlots opens the slots with the hooks around them. cfg.State is the folder of the process that calls.
+func openSlots(ctx context.Context, cfg Config, log *slog.Logger) (startedSlots, error) {
+	slots, err := openBare(ctx, cfg, log)
+	if err != nil {
+		return nil, err
+	}
+	return cfg.hooked(slots, cfg.State, log)
 }
 
 // blockConfig is what the config says of two partitions, or of those that another installer writes.
@@ -181,7 +187,7 @@ func blockConfig(cfg Config) install.BlockConfig {
 	}
 }
 
-func openSlots(ctx context.Context, cfg Config, log *slog.Logger) (startedSlots, error) {
+func openBare(ctx context.Context, cfg Config, log *slog.Logger) (startedSlots, error) {
 	restart := cfg.Slots.Restart
 	if len(restart) == 0 {
 		restart = nil

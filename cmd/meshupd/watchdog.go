@@ -117,9 +117,10 @@ const (
 
 // quiet says how long a step of the device's loop may be silent, see peer.Config.
 func (c *Config) quiet(s peer.Step) time.Duration {
+	hook := time.Duration(c.Hooks.Timeout)
 	switch s {
-	case peer.StepWrite:
-		d := flushTime + margin
+	case peer.StepWrite: // between pre-install and post-install
+		d := flushTime + margin + 2*hook
 		if delegated(c.Slots.Kind) {
 			d += time.Duration(c.Slots.Delegate.Timeout) // one that tells no progress; 10 minutes more are those of `rauc info`
 		}
@@ -127,10 +128,12 @@ func (c *Config) quiet(s peer.Step) time.Duration {
 			d += time.Duration(c.Slots.RestartTimeout)
 		}
 		return d
+	case peer.StepTry: // after post-install and pre-reboot
+		return 2*hook + margin
 	case peer.StepRestart:
-		return c.restartTime() + margin
+		return c.restartTime() + hook + margin
 	case peer.StepCheck, peer.StepConfirm: // the half that writes slots may check again before it confirms
-		return c.Health.longest() + time.Duration(c.Slots.Container.Settle) + margin
+		return c.Health.longest() + max(time.Duration(c.Slots.Container.Settle), time.Duration(c.Slots.Settle)) + margin
 	}
 	return 0
 }
@@ -151,6 +154,6 @@ func (c *Config) restartTime() time.Duration {
 
 // longest is what a health check may take: a round that began in time goes on to its end.
 func (h HealthConfig) longest() time.Duration {
-	probes := len(h.HTTP) + len(h.Units) + len(h.Files) + 1
+	probes := len(h.HTTP) + len(h.Units) + len(h.Files) + 2 // and the command, and the hook
 	return time.Duration(h.Deadline) + time.Duration(probes)*(time.Duration(h.Timeout)+time.Second)
 }

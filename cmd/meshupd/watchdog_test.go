@@ -132,6 +132,17 @@ func TestQuietCoversTheDeadlines(t *testing.T) {
 	if got := cfg.quiet(peer.StepRestart); got <= 2*time.Hour {
 		t.Error("restart: the command and the end of the machine", got)
 	}
+	cfg.Hooks.Timeout = Duration(4 * time.Hour)
+	for step, least := range map[peer.Step]time.Duration{peer.StepWrite: 8 * time.Hour, peer.StepTry: 8 * time.Hour, peer.StepRestart: 6 * time.Hour} {
+		if got := cfg.quiet(step); got <= least {
+			t.Error("the hooks of", step, got)
+		}
+	}
+	cfg.Hooks.Timeout = Duration(time.Second)
+	cfg.Slots.Settle = Duration(3 * time.Hour)
+	if got := cfg.quiet(peer.StepCheck); got <= 3*time.Hour {
+		t.Error("a unit that has to stay up", got)
+	}
 	cfg.Slots.Kind, cfg.Slots.Delegate.Timeout = "rauc", Duration(3*time.Hour)
 	if got := cfg.quiet(peer.StepWrite); got < 3*time.Hour+10*time.Minute {
 		t.Error("another installer", got)

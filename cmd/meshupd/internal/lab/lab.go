@@ -146,6 +146,9 @@ command = %s
 deadline = "5s"
 interval = "200ms"
 
+[hooks]
+dir = ""
+
 [store]
 reserve = %q
 relay = %q
