@@ -4,6 +4,8 @@ import (
 	"encoding/json"
 	"strings"
 	"testing"
+
+	"meshupd/verify"
 )
 
 // TestWake holds the table above Files, line by line.
@@ -204,4 +206,21 @@ func resealed(schema string, data []byte) []byte {
 		return data
 	}
 	return out
+}
+
+func FuzzKeptVersion(f *testing.F) {
+	good, err := seal(versionSchema, keptVersion{Content: Content{Release: verify.Digest{1}, Version: "2.0.0", Whole: true}, Images: []keptImage{{Name: "app"}}})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(good)
+	f.Fuzz(func(t *testing.T, data []byte) {
+		v, err := parseKept(data)
+		if err != nil {
+			return
+		}
+		if name := v.name(); strings.ContainsAny(name, "/\x00") || strings.HasPrefix(name, ".") || len(name) > 255 {
+			t.Fatalf("the name is %q", name)
+		}
+	})
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -47,6 +48,8 @@ type FilesConfig struct {
 	Machine bool
 	// Starts of a trial before the old slot is taken again, 1 to 100; 1 when zero.
 	Starts int
+	// Keep is how many versions are kept beside the two slots, for a person to go back to; 0 to MaxKept.
+	Keep int
 	// BootID tells one start of the machine from another; the kernel's random boot id when nil.
 	BootID func() (string, error)
 
@@ -84,6 +87,8 @@ func (c FilesConfig) withDefaults() (FilesConfig, error) {
 		return c, verify.Refuse(verify.CodeConfig, "the slot layout is %.20q, not %q or %q", string(c.Layout), LayoutFolder, LayoutImage)
 	case c.Starts < 1 || c.Starts > maxStarts:
 		return c, verify.Refuse(verify.CodeConfig, "a trial of %d starts: not 1 to %d", c.Starts, maxStarts)
+	case c.Keep < 0 || c.Keep > MaxKept:
+		return c, verify.Refuse(verify.CodeConfig, "to keep %d versions: not 0 to %d", c.Keep, MaxKept)
 	case c.RestartTimeout < 0:
 		return c, verify.Refuse(verify.CodeConfig, "the restart timeout is negative")
 	case c.Restart != nil && (len(c.Restart) == 0 || c.Restart[0] == ""):
@@ -102,6 +107,7 @@ func (c FilesConfig) withDefaults() (FilesConfig, error) {
 //	DIR/a/  DIR/b/              the slots (or a.img, b.img)
 //	DIR/current -> a            the pointer: what a start of the application uses
 //	DIR/slot.a.json slot.b.json what the slots hold (Content, with a checksum)
+//	DIR/versions/               older versions, with Keep
 //	DIR/boot.json               default, trial, phase, starts left (with a checksum)
 //
 // There is no bootloader that counts starts, so Restart counts, and Start does at the start of the daemon what a
@@ -130,6 +136,7 @@ func (c FilesConfig) withDefaults() (FilesConfig, error) {
 // All methods are safe for concurrent use by one process.
 type Files struct {
 	*pair
+	keep *folder
 	unit *unit // nil: none
 }
 
@@ -141,7 +148,7 @@ func OpenFiles(cfg FilesConfig) (*Files, error) {
 	if err != nil {
 		return nil, err
 	}
-	keep := &folder{cfg: cfg}
+	keep := &folder{cfg: cfg, versions: versions{dir: filepath.Join(cfg.Dir, "versions"), keep: cfg.Keep, step: cfg.step}}
 	if err := keep.prepare(); err != nil {
 		return nil, err
 	}
@@ -153,7 +160,7 @@ func OpenFiles(cfg FilesConfig) (*Files, error) {
 		whole: func(slot SlotName) error { return whole(keep, slot) },
 		run:   keep.runRestart,
 	}
-	return &Files{unit: keep.unit(), pair: &pair{boot: power, power: power, records: keep, cells: keep, starts: cfg.Starts}}, nil
+	return &Files{keep: keep, unit: keep.unit(), pair: &pair{boot: power, power: power, records: keep, cells: keep, starts: cfg.Starts}}, nil
 }
 
 // unit is the unit that runs the application, or nil.
@@ -208,8 +215,10 @@ func (f *folder) prepare() error {
 			return verify.Refuse(verify.CodeSlot, "open slot %s: it is not a folder", dir)
 		}
 	}
-	if err := durable.Sweep(f.cfg.Dir); err != nil {
-		return verify.Refuse(verify.CodeSlot, "%w", err)
+	for _, tidy := range []func() error{func() error { return durable.Sweep(f.cfg.Dir) }, f.removeStale, f.versions.open} {
+		if err := tidy(); err != nil {
+			return coded(verify.CodeSlot, "open the slots", err)
+		}
 	}
 	return nil
 }

@@ -15,7 +15,10 @@ import (
 )
 
 // folder keeps records, pointer and slots of Files below one folder.
-type folder struct{ cfg FilesConfig }
+type folder struct {
+	cfg      FilesConfig
+	versions versions
+}
 
 var (
 	_ bootStore   = (*folder)(nil)
@@ -148,7 +151,18 @@ func (f *folder) fits(images []verify.Image) error {
 	return noContainer(images)
 }
 
+// room counts the kept versions as free: an update outranks them.
 func (f *folder) room(slot SlotName) (free, held int64, err error) {
+	free, held, err = f.slotRoom(slot)
+	f.versions.mu.Lock()
+	defer f.versions.mu.Unlock()
+	for _, v := range f.versions.list {
+		held += f.versions.frees(v)
+	}
+	return free, held, err
+}
+
+func (f *folder) slotRoom(slot SlotName) (free, held int64, err error) {
 	if free, err = f.cfg.free(f.cfg.Dir); err != nil {
 		return 0, 0, verify.Refuse(verify.CodeSlot, "look for free space: %w", err)
 	}

@@ -52,6 +52,9 @@ func (p *pair) State(ctx context.Context) (State, error) {
 			st.Slots[slot] = c
 		}
 	}
+	if k, ok := p.cells.(keeper); ok {
+		st.Kept = k.kept()
+	}
 	return st, nil
 }
 
@@ -73,6 +76,12 @@ func (p *pair) Write(ctx context.Context, rel *verify.Release, images []verify.I
 	if err := p.checkSpace(slot, images); err != nil {
 		return err
 	}
+	aside, keeps := p.cells.(keeper)
+	if keeps {
+		if err := aside.setAside(slot, rel.ID(), p.need(images)); err != nil {
+			return err
+		}
+	}
 	if err := p.records.removeRecord(slot); err != nil {
 		return err
 	}
@@ -92,7 +101,23 @@ func (p *pair) Write(ctx context.Context, rel *verify.Release, images []verify.I
 	if err := p.cells.clear(ctx, slot, images); err != nil {
 		return err
 	}
-	return p.records.saveRecord(slot, Content{Release: rel.ID(), Version: rel.Manifest().Version, Whole: true})
+	c := Content{Release: rel.ID(), Version: rel.Manifest().Version, Whole: true}
+	if keeps {
+		if err := aside.noteImages(slot, c, images); err != nil {
+			return err
+		}
+	}
+	return p.records.saveRecord(slot, c)
+}
+
+// keeper are cells that keep older versions beside the slots.
+type keeper interface {
+	// setAside keeps what the slot holds, before anything else is changed, if there is room for it beside what comes instead.
+	setAside(slot SlotName, instead verify.Digest, need int64) error
+	// noteImages notes what the slot was written with, before its record.
+	noteImages(SlotName, Content, []verify.Image) error
+	// kept lists what can be gone back to, the newest first.
+	kept() []Content
 }
 
 // beginWrite picks the slot that may be written and keeps Try away from it.
@@ -206,6 +231,15 @@ func (p *pair) checkSpace(slot SlotName, images []verify.Image) error {
 	if err != nil {
 		return err
 	}
+	if missing := p.need(images) - free - held; missing > 0 {
+		return &verify.Refusal{Code: verify.CodeSpace, NeedBytes: missing,
+			Detail: "write slot " + string(slot) + ": there is too little room for it"}
+	}
+	return nil
+}
+
+// need is how many bytes the images take.
+func (p *pair) need(images []verify.Image) int64 {
 	need := recordSpace
 	for _, img := range images {
 		need += (img.Content.Size + blockSize - 1) / blockSize * blockSize
@@ -213,11 +247,7 @@ func (p *pair) checkSpace(slot SlotName, images []verify.Image) error {
 	if c, ok := p.cells.(interface{ extra([]verify.Image) int64 }); ok {
 		need += c.extra(images)
 	}
-	if missing := need - free - held; missing > 0 {
-		return &verify.Refusal{Code: verify.CodeSpace, NeedBytes: missing,
-			Detail: "write slot " + string(slot) + ": there is too little room for it"}
-	}
-	return nil
+	return need
 }
 
 const (

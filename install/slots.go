@@ -56,6 +56,7 @@ type State struct {
 	Failed  SlotName             `json:"failed,omitempty"` // slot of a trial that fell back since the last Forget
 	Why     string               `json:"why,omitempty"`    // beside Failed: what is known, when the system on trial did not live to say it
 	Slots   map[SlotName]Content `json:"slots"`
+	Kept    []Content            `json:"kept,omitempty"` // versions beside the slots, newest first, at most MaxKept; see Files.Restore
 }
 
 // Source opens the distributed bytes of an image; the caller closes it.

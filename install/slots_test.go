@@ -29,6 +29,10 @@ func filesConfig(dir string, layout install.Layout, power int) install.FilesConf
 }
 
 func filesHarness(t *testing.T, layout install.Layout, images int) slotstest.Harness {
+	return filesHarnessWith(t, layout, images, func(cfg install.FilesConfig) install.FilesConfig { return cfg })
+}
+
+func filesHarnessWith(t *testing.T, layout install.Layout, images int, change func(install.FilesConfig) install.FilesConfig) slotstest.Harness {
 	dir := t.TempDir()
 	factory := filepath.Join(dir, "a", "factory")
 	if layout == install.LayoutImage {
@@ -38,7 +42,7 @@ func filesHarness(t *testing.T, layout install.Layout, images int) slotstest.Har
 	return slotstest.Harness{
 		Images: images,
 		Open: func(power int, step slotstest.Step) (slotstest.Device, error) {
-			return install.OpenFiles(install.WithStep(filesConfig(dir, layout, power), step))
+			return install.OpenFiles(install.WithStep(change(filesConfig(dir, layout, power)), step))
 		},
 		Pointed: func() install.SlotName {
 			target, err := os.Readlink(filepath.Join(dir, "current"))
