@@ -77,6 +77,10 @@ type wellSlots struct{ slotstest.Device }
 
 func (wellSlots) Check(context.Context, install.SlotName, string) error { return nil }
 
+func (wellSlots) Restore(context.Context, verify.Digest) error { return nil }
+
+func (wellSlots) Forsake(context.Context, []verify.Digest) error { return nil }
+
 func (s split) Write(ctx context.Context, rel *verify.Release, images []verify.Image, open install.Source, progress func(done, total int64)) error {
 	if install.CheckImages(rel, images) == nil {
 		if err := s.store.put(rel, images, open); err != nil {

@@ -18,6 +18,9 @@ import (
 func TestFilesThatKeep(t *testing.T) {
 	for layout, images := range map[install.Layout]int{install.LayoutFolder: 2, install.LayoutImage: 1} {
 		t.Run(string(layout), func(t *testing.T) {
+			if testing.Short() && layout == install.LayoutImage {
+				t.Skip("one layout is enough for the short run")
+			}
 			slotstest.Run(t, func(t *testing.T) slotstest.Harness {
 				return filesHarnessWith(t, layout, images, func(cfg install.FilesConfig) install.FilesConfig { cfg.Keep = 1; return cfg })
 			})

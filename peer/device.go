@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
+	"strings"
 	"time"
 
 	"meshupd/install"
@@ -171,7 +173,7 @@ func (n *Node) observe(ctx context.Context) (view, error) {
 	if versionOf(v.target) != versionOf(n.view.target) || v.started.IsZero() {
 		v.started = time.Now()
 	}
-	if before := n.view; v.facts != before.facts || v.held != before.held || v.state != before.state || v.have != before.have ||
+	if before := n.view; v.facts != before.facts || v.held != before.held || v.state != before.state || v.have != before.have || !slices.Equal(v.slots.Kept, before.slots.Kept) ||
 		versionOf(v.target) != versionOf(before.target) || v.slots.Slots[v.slots.Booted] != before.slots.Slots[before.slots.Booted] {
 		n.touchLocked() // who watches must hear of what this round found, not of the wake that led to it
 	}
@@ -488,6 +490,11 @@ func (n *Node) recordFailure(ctx context.Context, v view) error {
 // Rollback goes back to the other slot by a person's wish: the version that runs
 // counts as failed here, so that it is not installed again by itself.
 func (n *Node) Rollback(ctx context.Context, by string) error {
+	return n.goBack(ctx, by, verify.Digest{})
+}
+
+// goBack is Rollback to one release, if it is not zero: the loop may have filled the slot anew a moment ago.
+func (n *Node) goBack(ctx context.Context, by string, want verify.Digest) error {
 	s, err := n.cfg.Slots.State(ctx)
 	if err != nil {
 		return fmt.Errorf("read the slots: %w", err)
@@ -498,6 +505,9 @@ func (n *Node) Rollback(ctx context.Context, by string) error {
 	other := s.Slots[s.Default.Other()]
 	if !other.Whole {
 		return verify.Refuse(verify.CodeSlot, "the other slot holds no whole version to go back to")
+	}
+	if !want.IsZero() && other.Release != want {
+		return verify.Refuse(verify.CodeBusy, "an update to version %s came in between", other.Version)
 	}
 	if n.withdrawn(other.Release) {
 		return verify.Refuse(verify.CodeRecalled, "the publisher withdrew version %s, which the other slot holds", other.Version)
@@ -520,6 +530,47 @@ func (n *Node) Rollback(ctx context.Context, by string) error {
 	n.record(Event{Kind: EventRolledBack, From: now.Version, To: other.Version, By: by, Code: verify.CodeFailedHere, Detail: "asked for by " + by})
 	n.poke()
 	return nil
+}
+
+// RollbackTo is Rollback to one of the versions that are kept beside the slots, or to the one in the other slot.
+func (n *Node) RollbackTo(ctx context.Context, by, version string) error {
+	s, err := n.cfg.Slots.State(ctx)
+	if err != nil {
+		return fmt.Errorf("read the slots: %w", err)
+	}
+	if c := s.Slots[s.Default.Other()]; c.Whole && c.Version == version {
+		return n.Rollback(ctx, by)
+	}
+	if c := s.Slots[s.Booted]; c.Version == version {
+		return verify.Refuse(verify.CodeBusy, "version %s runs already", version)
+	}
+	i := slices.IndexFunc(s.Kept, func(c install.Content) bool { return c.Version == version })
+	if i < 0 || n.cfg.Restore == nil {
+		return verify.Refuse(verify.CodeNotFound, "this device keeps no version %s; there are: %s", version, keptVersions(s))
+	}
+	if n.withdrawn(s.Kept[i].Release) {
+		return verify.Refuse(verify.CodeRecalled, "the publisher withdrew version %s", version)
+	}
+	if err := n.cfg.Restore(ctx, s.Kept[i].Release); err != nil {
+		n.poke() // it may be kept no longer
+		return err
+	}
+	return n.goBack(ctx, by, s.Kept[i].Release)
+}
+
+// keptVersions names what a person can go back to.
+func keptVersions(s install.State) string {
+	var names []string
+	if c := s.Slots[s.Default.Other()]; c.Whole {
+		names = append(names, c.Version)
+	}
+	for _, c := range s.Kept {
+		names = append(names, c.Version)
+	}
+	if names == nil {
+		return "none"
+	}
+	return strings.Join(names, ", ")
 }
 
 // urge notes that a person asked for the next restart, which no policy holds then.

@@ -60,6 +60,7 @@ type DeviceStatus struct {
 	Holdings []swarm.Holding  `json:"holdings,omitempty"`
 	Addrs    []string         `json:"addrs,omitempty"` // ip:port where it can be dialled; set by the mesh
 	Sent     map[string]int64 `json:"sent,omitempty"`  // payload bytes sent per image digest, totals
+	Kept     []string         `json:"kept,omitempty"`  // versions beside the slots that it can go back to, newest first
 }
 
 // Reason says why a device does not go on.

@@ -47,6 +47,8 @@ type Config struct {
 	// Learn, if not nil, is told of the newest release that was accepted, once, by a device whose slots are written by
 	// another process with a door of its own.
 	Learn func(ctx context.Context, rel *verify.Release) error
+	// Restore, if not nil, fills the idle slot with one of the versions of State.Kept.
+	Restore func(ctx context.Context, release verify.Digest) error
 	// Health proves the running slot healthy or says why not. nil: healthy by having started.
 	Health func(ctx context.Context, slot install.SlotName, version string) error
 	// Quiet, if not nil, says how long a step may go without a sign of progress, by the deadlines of what it runs; see Node.Alive.

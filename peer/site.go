@@ -94,6 +94,9 @@ func (n *Node) status() DeviceStatus {
 	} else if v.target != nil && v.facts.Target != TargetRunning {
 		st.Target = v.target.Manifest().Version
 	}
+	for _, c := range v.slots.Kept {
+		st.Kept = append(st.Kept, c.Version)
+	}
 	st.Reason = n.reasonLocked(v, transfers)
 	if st.Reason == nil && v.held != "" {
 		st.Reason = &Reason{Code: verify.CodeHeld, Detail: v.held}

@@ -19,6 +19,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/peer"
 
+	"meshupd/install"
 	"meshupd/verify"
 	"meshupd/verify/durable"
 )
@@ -80,6 +81,7 @@ func encodeStatus(s DeviceStatus) ([]byte, error) {
 	for _, shorten := range []func(){
 		func() {},
 		func() { s.Sent = nil },
+		func() { s.Kept = nil },
 		func() { s.Holdings = s.Holdings[:min(len(s.Holdings), 4)] },
 		func() { s.Heads = s.Heads[:min(len(s.Heads), 4)] },
 	} {
@@ -159,6 +161,7 @@ func cleanStatus(s *DeviceStatus) {
 	}
 	s.From = cleanList(s.From, maxFrom, maxWord)
 	s.Addrs = cleanList(s.Addrs, maxAddrs, maxWord)
+	s.Kept = cleanList(s.Kept, install.MaxKept, maxVersion)
 	s.Heads = s.Heads[:min(len(s.Heads), maxRefs)]
 	s.Holdings = s.Holdings[:min(len(s.Holdings), maxHoldings)]
 	if len(s.Holdings) > 0 {

@@ -614,3 +614,54 @@ func asUser(t *testing.T, u *user.User, socket, line string) string {
 	}()
 	return <-answer
 }
+
+// Older versions are kept and brought back by root's half, which looks at what was withdrawn by itself.
+func TestApplyGoesBackToAKeptVersion(t *testing.T) {
+	h := newHalfWith(t, func(cfg *Config) { cfg.Slots.Keep = 2 })
+	restore := func(rel *verify.Release) verify.Code {
+		return h.ask(t, `{"do":"restore","release":"`+rel.ID().String()+`"}`)
+	}
+	kept := func() (out []verify.Digest) {
+		st, err := apply.NewClient(h.socket).State(t.Context())
+		must(t, err)
+		for _, c := range st.Kept {
+			out = append(out, c.Release)
+		}
+		return out
+	}
+	var rels []*verify.Release
+	for range 4 {
+		rel, _ := h.release(t, verifytest.Opts{})
+		rels = append(rels, rel)
+		for _, line := range []string{`{"do":"write","release":"` + rel.ID().String() + `"}`, `{"do":"try","slot":"` + string([]string{"b", "a"}[(len(rels)-1)%2]) + `"}`, `{"do":"restart"}`, `{"do":"confirm"}`} {
+			if code := h.ask(t, line); code != "" {
+				t.Fatalf("%s: %s", line, code)
+			}
+		}
+	}
+	if got := kept(); len(got) != 2 || got[0] != rels[1].ID() || got[1] != rels[0].ID() {
+		t.Fatalf("%v are kept", got)
+	}
+	if code := restore(rels[3]); code != verify.CodeNotFound {
+		t.Errorf("what is not kept: %q", code)
+	}
+	if code := restore(rels[0]); code != "" {
+		t.Fatalf("what is kept: %q", code)
+	}
+	if code := h.ask(t, `{"do":"try","slot":"b"}`); code != "" {
+		t.Fatalf("and tried: %q", code)
+	}
+	if code := h.ask(t, `{"do":"try","slot":"a"}`); code != "" {
+		t.Fatal(code)
+	}
+	recall, _ := h.release(t, verifytest.Opts{Recalls: []verify.Digest{rels[1].ID()}, NoImages: true})
+	if code := h.ask(t, `{"do":"learn","release":"`+recall.ID().String()+`"}`); code != "" {
+		t.Fatal(code)
+	}
+	if got := kept(); len(got) != 1 || got[0] != rels[2].ID() {
+		t.Errorf("after a recall %v are kept", got)
+	}
+	if code := restore(rels[1]); code != verify.CodeRecalled {
+		t.Errorf("what was withdrawn: %q", code)
+	}
+}

@@ -94,7 +94,7 @@ func deviceStatus(d peer.DeviceView, names map[string]string) control.DeviceStat
 	st := d.Status
 	out := control.DeviceStatus{
 		ID: d.ID, Name: st.Name, Hardware: st.Hardware, Version: st.Version, Target: st.Target,
-		State: control.State(st.State), Since: st.Since, LastHeard: d.LastHeard.UTC(), Addrs: st.Addrs,
+		State: control.State(st.State), Since: st.Since, LastHeard: d.LastHeard.UTC(), Addrs: st.Addrs, Kept: st.Kept,
 	}
 	if r := st.Reason; r != nil {
 		out.Reason = &control.Reason{Code: r.Code, Detail: r.Detail, NeedBytes: r.NeedBytes, Retry: "manual"}
@@ -182,7 +182,10 @@ func (b backend) OpenImport(ctx context.Context, head *verify.UnverifiedHead, by
 }
 
 // Rollback implements control.Actor.
-func (b backend) Rollback(ctx context.Context, by control.Who) error {
+func (b backend) Rollback(ctx context.Context, by control.Who, to string) error {
+	if to != "" {
+		return b.node.RollbackTo(ctx, by.String(), to)
+	}
 	return b.node.Rollback(ctx, by.String())
 }
 

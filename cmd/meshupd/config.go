@@ -68,6 +68,8 @@ type SlotsConfig struct {
 	Unit           string   `toml:"unit" comment:"files: systemd unit that runs the application, restarted in the place of a restart command; it has to stay up on trial"`
 	Settle         Duration `toml:"settle" comment:"files: how long the unit has to stay up before that is believed"`
 
+	Keep int `toml:"keep" comment:"files: how many older releases are kept beside the two slots, to go back to with \"meshupd rollback --to\"; 0 to 8"`
+
 	A          string     `toml:"a" comment:"block: the partition of slot a"`
 	B          string     `toml:"b" comment:"block: the partition of slot b"`
 	Discard    bool       `toml:"discard" comment:"block: tell the medium what lies unused behind an image"`

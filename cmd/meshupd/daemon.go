@@ -95,7 +95,7 @@ func nodeConfig(cfg Config, inst installer, log *slog.Logger) (peer.Config, erro
 		Name: cfg.Name, Product: cfg.Product, Hardware: cfg.Hardware, Channel: cfg.Channel,
 		BuildTime: buildTime(), Meshupd: buildVersion().Version,
 		StateDir: cfg.State, Anchor: cfg.Trust, Reserve: int64(cfg.Store.Reserve), Relay: int64(cfg.Store.Relay),
-		Slots: inst, Straight: straight, Wrote: inst.wrote(), Takes: cfg.Slots.takes(), Starter: inst.Start, Learn: inst.learn, Health: inst.Check, Quiet: cfg.quiet,
+		Slots: inst, Straight: straight, Wrote: inst.wrote(), Takes: cfg.Slots.takes(), Starter: inst.Start, Learn: inst.learn, Restore: inst.Restore, Health: inst.Check, Quiet: cfg.quiet,
 		Policy: policies[cfg.Policy.Auto], Hold: func() (peer.HoldFact, string, time.Duration) { return cfg.Policy.hold(time.Now()) }, SiteKey: key,
 		ListenNow: func() []netip.AddrPort { return listenAddrs(cfg.Mesh) },
 		Finders:   func(ad discovery.Advert) []peer.Finder { return finders(cfg.Mesh, ad, log) },

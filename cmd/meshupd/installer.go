@@ -22,6 +22,8 @@ type installer interface {
 	straight() peer.Straight
 	// wrote says what the last write of a slot cost; nil: nobody counts.
 	wrote() func() (written, same int64)
+	// Restore fills the idle slot with a version that is kept beside the slots (E-NOT-FOUND), in the place of Write.
+	Restore(ctx context.Context, release verify.Digest) error
 	// learn tells of a release that was accepted, should this half be taken over later.
 	learn(ctx context.Context, rel *verify.Release) error
 }
@@ -72,8 +74,26 @@ func (l localInstaller) wrote() func() (written, same int64) {
 	return nil
 }
 
-// learn has nobody to tell: the door is the same.
-func (l localInstaller) learn(context.Context, *verify.Release) error { return nil }
+// learn has nobody to tell: the door is the same. What the publisher withdraws is not kept any longer.
+func (l localInstaller) learn(ctx context.Context, rel *verify.Release) error {
+	return l.Forsake(ctx, rel.Manifest().Recalls)
+}
+
+// Forsake drops the kept versions that the digests name, as manifests or images.
+func (l localInstaller) Forsake(_ context.Context, recalls []verify.Digest) error {
+	if files, ok := l.bare().(*install.Files); ok {
+		return files.Forsake(recalls)
+	}
+	return nil
+}
+
+func (l localInstaller) Restore(ctx context.Context, release verify.Digest) error {
+	files, ok := l.bare().(*install.Files)
+	if !ok {
+		return verify.Refuse(verify.CodeNotFound, "these slots keep no versions")
+	}
+	return files.Restore(ctx, release)
+}
 
 func (l localInstaller) Check(ctx context.Context, slot install.SlotName, version string) error {
 	check := l.health.For(slot, version)

@@ -53,6 +53,10 @@ func (c *Config) checkSlots() error {
 		return &fieldError{"slots.restart_timeout", tooShort}
 	case c.Slots.Settle < leastDuration:
 		return &fieldError{"slots.settle", tooShort}
+	case c.Slots.Keep < 0 || c.Slots.Keep > install.MaxKept:
+		return &fieldError{"slots.keep", fmt.Sprintf("is not 0 to %d", install.MaxKept)}
+	case c.Slots.Keep > 0 && c.Slots.Kind != "files":
+		return &fieldError{"slots.keep", `is only for slots.kind = "files"`}
 	case c.Slots.Unit != "" && c.Slots.Kind != "files":
 		return &fieldError{"slots.unit", `is only for slots.kind = "files"`}
 	case c.Slots.Kind == "block":
@@ -208,6 +212,6 @@ func openBare(ctx context.Context, cfg Config, log *slog.Logger) (startedSlots, 
 	return install.OpenFiles(install.FilesConfig{
 		Dir: cfg.Slots.Folder, Layout: install.Layout(cfg.Slots.Layout), FactoryVersion: cfg.Slots.Factory,
 		Restart: restart, RestartTimeout: time.Duration(cfg.Slots.RestartTimeout),
-		Machine: cfg.Slots.Machine, Unit: cfg.Slots.Unit, Settle: time.Duration(cfg.Slots.Settle), Starts: cfg.Slots.Starts,
+		Machine: cfg.Slots.Machine, Keep: cfg.Slots.Keep, Unit: cfg.Slots.Unit, Settle: time.Duration(cfg.Slots.Settle), Starts: cfg.Slots.Starts,
 	})
 }

@@ -97,6 +97,11 @@ func (c *Client) Try(ctx context.Context, slot install.SlotName) error {
 	return c.change(ctx, request{Do: doTry, Slot: slot}, nil)
 }
 
+// Restore fills the idle slot with a version that is kept beside the slots, unless it was withdrawn.
+func (c *Client) Restore(ctx context.Context, release verify.Digest) error {
+	return c.change(ctx, request{Do: doRestore, Release: &release}, nil)
+}
+
 // Restart implements install.Slots.
 func (c *Client) Restart(ctx context.Context) error {
 	return c.change(ctx, request{Do: doRestart}, nil)
@@ -122,8 +127,7 @@ func (c *Client) Start(ctx context.Context) error { return c.change(ctx, request
 
 // Learn tells the server of a release that was accepted, whatever becomes of it.
 func (c *Client) Learn(ctx context.Context, release verify.Digest) error {
-	_, err := c.call(ctx, request{Do: doLearn, Release: &release}, nil)
-	return err
+	return c.change(ctx, request{Do: doLearn, Release: &release}, nil) // what it recalls may be among State.Kept
 }
 
 // Check runs the health check there. The server looks up the version by itself.

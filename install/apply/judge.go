@@ -34,6 +34,10 @@ type Slots interface {
 	Start(ctx context.Context) error
 	// Check proves the slot healthy, or says why not (E-HEALTH).
 	Check(ctx context.Context, slot install.SlotName, version string) error
+	// Restore fills the idle slot with a version that is kept beside the slots.
+	Restore(ctx context.Context, release verify.Digest) error
+	// Forsake drops the kept versions that the digests name, as manifests or images.
+	Forsake(ctx context.Context, recalls []verify.Digest) error
 }
 
 // judge decides what may be done with the slots. It keeps the heads of the releases in the slots, and of the one that was
@@ -171,7 +175,19 @@ func (j *judge) learn(ctx context.Context, id verify.Digest) error {
 	if err := j.door.Accept(rel); err != nil {
 		return err
 	}
+	if err := j.slots.Forsake(ctx, rel.Manifest().Recalls); err != nil {
+		j.log.Warn("drop the versions that were withdrawn", "code", verify.CodeOf(err), "err", err)
+	}
 	return j.keep(rel)
+}
+
+// restore brings a kept version back. It was verified when it was written, and is compared with its digests again; order
+// does not bind, as for the release in the other slot.
+func (j *judge) restore(ctx context.Context, id verify.Digest) error {
+	if err := j.refuseWithdrawn(ctx, id); err != nil {
+		return err
+	}
+	return j.slots.Restore(ctx, id)
 }
 
 // write verifies everything from scratch and fills the idle slot.
@@ -375,6 +391,9 @@ func (j *judge) keep(rel *verify.Release, more ...verify.Digest) error {
 	wanted := map[string]bool{}
 	for _, id := range append(more, rel.ID(), j.door.AcceptedID(), st.Slots[install.SlotA].Release, st.Slots[install.SlotB].Release) {
 		wanted[filepath.Base(j.headPath(id))] = true
+	}
+	for _, c := range st.Kept {
+		wanted[filepath.Base(j.headPath(c.Release))] = true
 	}
 	entries, err := os.ReadDir(j.folder)
 	if err != nil {

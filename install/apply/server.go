@@ -207,6 +207,8 @@ func (s *Server) do(ctx, stop context.Context, req request, c *call) answer {
 		return failed(j.alone(stop, func(ctx context.Context) error {
 			return j.write(ctx, *req.Release, func(done, total int64) { c.progress(ctx, done, total) })
 		}))
+	case doRestore:
+		return failed(j.alone(stop, func(ctx context.Context) error { return j.restore(ctx, *req.Release) }))
 	case doTry:
 		return failed(j.alone(ctx, func(ctx context.Context) error { return j.try(ctx, req.Slot) }))
 	case doRestart:

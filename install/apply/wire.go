@@ -29,7 +29,7 @@ const (
 // request is the one line that a client sends. Release and Slot stand only where the verb takes them.
 type request struct {
 	Do      verb             `json:"do,omitempty"`
-	Release *verify.Digest   `json:"release,omitempty"` // of write and learn: ID of the manifest
+	Release *verify.Digest   `json:"release,omitempty"` // of write, learn and restore: ID of the manifest
 	Slot    install.SlotName `json:"slot,omitempty"`    // of try and check
 	Go      bool             `json:"go,omitempty"`      // the line that answers progress; nothing else is then set
 }
@@ -47,6 +47,7 @@ const (
 	doConfirm  verb = "confirm"
 	doFallback verb = "fallback"
 	doForget   verb = "forget"
+	doRestore  verb = "restore"
 )
 
 // answer is one line of the server: a beat (nothing set), progress, or the last one with End.
@@ -76,7 +77,7 @@ func parseRequest(line []byte) (request, error) {
 	release, slot := false, false
 	switch r.Do {
 	case doState, doStart, doRestart, doConfirm, doFallback, doForget:
-	case doWrite, doLearn:
+	case doWrite, doLearn, doRestore:
 		release = true
 	case doTry, doCheck:
 		slot = true
@@ -122,6 +123,9 @@ func plausible(s *install.State) bool {
 		if !name(n, false) {
 			return false
 		}
+	}
+	if len(s.Kept) > install.MaxKept {
+		return false
 	}
 	return s.Phase == install.PhaseSettled || s.Phase == install.PhaseArmed || s.Phase == install.PhaseTrial
 }

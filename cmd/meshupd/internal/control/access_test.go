@@ -71,7 +71,7 @@ type nobody struct{}
 func (nobody) Status(context.Context) (SiteStatus, error)            { return SiteStatus{}, nil }
 func (nobody) History(context.Context, string, int) ([]Event, error) { return nil, nil }
 func (nobody) Watch(context.Context) <-chan struct{}                 { return nil }
-func (nobody) Rollback(context.Context, Who) error                   { return nil }
+func (nobody) Rollback(context.Context, Who, string) error           { return nil }
 func (nobody) OpenImport(context.Context, *verify.UnverifiedHead, Who) (Import, error) {
 	return nil, verify.Refuse(verify.CodeSigKey, "nobody is trusted")
 }

@@ -38,8 +38,8 @@ type Actor interface {
 	// OpenImport checks a head: signatures, product, hardware, channel, order, space. It changes nothing that would
 	// refuse another release afterwards: that is Commit's part.
 	OpenImport(ctx context.Context, head *verify.UnverifiedHead, by Who) (Import, error)
-	// Rollback starts the version before the present one again.
-	Rollback(ctx context.Context, by Who) error
+	// Rollback starts the version before the present one again, or, with a version, one that is kept beside the slots.
+	Rollback(ctx context.Context, by Who, to string) error
 }
 
 // Backend is what the daemon implements.

@@ -73,9 +73,13 @@ func (c *Client) History(ctx context.Context, device string, limit int) (History
 	return h, c.call(ctx, http.MethodGet, "/v1/history?"+q.Encode(), nil, 0, &h)
 }
 
-// Rollback asks for the version before.
-func (c *Client) Rollback(ctx context.Context) error {
-	return c.call(ctx, http.MethodPost, "/v1/rollback", nil, 0, nil)
+// Rollback asks for the version before, or for one that is kept, by its name.
+func (c *Client) Rollback(ctx context.Context, to string) error {
+	path := "/v1/rollback"
+	if to != "" {
+		path += "?to=" + url.QueryEscape(to)
+	}
+	return c.call(ctx, http.MethodPost, path, nil, 0, nil)
 }
 
 // OpenImport shows a head to the daemon.

@@ -470,10 +470,10 @@ func TestSocketIsOpenToReaders(t *testing.T) {
 	if err != nil || v.Version != "1.2.3" || v.Schema != control.VersionSchema {
 		t.Errorf("got %+v, %v", v, err)
 	}
-	if err := s.client.Rollback(t.Context()); err != nil {
+	if err := s.client.Rollback(t.Context(), "2.3.1"); err != nil {
 		t.Fatal(err)
 	}
-	if calls := s.Calls(); len(calls) != 1 || !strings.Contains(calls[0], "uid ") {
+	if calls := s.Calls(); len(calls) != 1 || !strings.Contains(calls[0], "uid ") || !strings.HasSuffix(calls[0], " to 2.3.1") {
 		t.Errorf("calls: %v", calls)
 	}
 }

@@ -107,6 +107,7 @@ type DeviceStatus struct {
 	Left      *int64    `json:"left_s,omitempty"` // seconds until the present state should end
 	Sent      *int64    `json:"sent,omitempty"`   // payload bytes sent to other devices since it started
 	Addrs     []string  `json:"addrs,omitempty"`
+	Kept      []string  `json:"kept,omitempty"` // versions beside the slots, newest first: rollback --to
 }
 
 // Label is the name to show: the device's own, else its id.

@@ -217,10 +217,14 @@ func (s *Server) postRollback(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if err := s.cfg.Backend.Rollback(r.Context(), who); err != nil {
+	to := r.URL.Query().Get("to")
+	if len(to) > maxDeviceName {
+		return verify.Refuse(verify.CodeUsage, "the version is longer than %d bytes", maxDeviceName)
+	}
+	if err := s.cfg.Backend.Rollback(r.Context(), who, to); err != nil {
 		return err
 	}
-	s.cfg.Log.Info("rollback asked", "by", who)
+	s.cfg.Log.Info("rollback asked", "by", who, "to", to)
 	return answer(w, struct{}{})
 }
 

@@ -111,11 +111,14 @@ func (b *Backend) History(_ context.Context, device string, limit int) ([]contro
 func (b *Backend) Watch(context.Context) <-chan struct{} { return b.watcher }
 
 // Rollback implements control.Actor.
-func (b *Backend) Rollback(_ context.Context, by control.Who) error {
+func (b *Backend) Rollback(_ context.Context, by control.Who, to string) error {
 	if r := b.scenario.Refuse; r != nil {
 		return verify.Refuse(r.Code, "%s", r.Detail)
 	}
-	b.note("rollback by " + by.String())
+	if to != "" {
+		to = " to " + to
+	}
+	b.note("rollback by " + by.String() + to)
 	return nil
 }
 
