@@ -146,7 +146,11 @@ func (n *Node) observe(ctx context.Context) (view, error) {
 		n.observeImages(&v)
 	}
 	if n.cfg.Hold != nil && (v.facts.Boot == BootArmed || v.facts.Boot == BootSettled && v.facts.Idle && v.facts.Target == TargetNew) && !n.isUrged() {
-		v.facts.Hold, v.held, v.again = n.cfg.Hold()
+		version := versionOf(v.target)
+		if v.facts.Boot == BootArmed {
+			version = slots.Slots[slots.Trial].Version
+		}
+		v.facts.Hold, v.held, v.again = n.cfg.Hold(ctx, slots.Default.Other(), version)
 	}
 	n.swarm.SetMembers(n.members())
 	n.stopLost()

@@ -57,8 +57,9 @@ type Config struct {
 	Policy Policy
 	// StateChanged, if not nil, is told this device's status by the loop in each round, and must not wait.
 	StateChanged func(DeviceStatus)
-	// Hold, if not nil, says whether the new version may be armed and started now, and if not, why and when to ask again.
-	Hold func() (hold HoldFact, why string, again time.Duration)
+	// Hold, if not nil, says whether the new version may be armed and started now, and if not, why and when to ask again. It is
+	// asked in each round of the loop, which waits for it.
+	Hold func(ctx context.Context, slot install.SlotName, version string) (hold HoldFact, why string, again time.Duration)
 
 	SiteKey            []byte
 	Listen             []netip.AddrPort

@@ -34,7 +34,7 @@ type resident struct {
 	dir    string
 	at     netip.AddrPort
 	slots  *install.Memory
-	hold   func() (HoldFact, string, time.Duration)
+	hold   func(context.Context, install.SlotName, string) (HoldFact, string, time.Duration)
 	over   func(install.Slots) install.Slots // stands over the slots; nil: nothing does
 	quiet  func(Step) time.Duration
 	hints  chan discovery.Hint
@@ -454,7 +454,7 @@ func TestRestartIsHeld(t *testing.T) {
 		var held atomic.Bool
 		held.Store(true)
 		d[0].stop()
-		d[0].hold = func() (HoldFact, string, time.Duration) {
+		d[0].hold = func(context.Context, install.SlotName, string) (HoldFact, string, time.Duration) {
 			if held.Load() {
 				return HoldAll, "inhibited by pos-app: sale in progress", 10 * time.Second
 			}

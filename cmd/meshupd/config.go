@@ -115,8 +115,9 @@ func defaultConfig() Config {
 		Health: defaultHealth(),
 		Hooks:  defaultHooks(),
 		Store:  StoreConfig{Reserve: 64 << 20},
-		Policy: PolicyConfig{Auto: "install", Restart: "auto", Window: []string{}, InhibitDir: "/run/meshupd/inhibit.d"},
-		Log:    LogConfig{Level: "info", Format: "text"},
+		Policy: PolicyConfig{Auto: "install", Restart: "auto", Window: []string{}, MayRestart: []string{}, MayTimeout: Duration(30 * time.Second),
+			InhibitDir: "/run/meshupd-inhibit.d", Inhibitors: true},
+		Log: LogConfig{Level: "info", Format: "text"},
 	}
 }
 

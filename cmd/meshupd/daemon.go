@@ -96,7 +96,7 @@ func nodeConfig(cfg Config, inst installer, log *slog.Logger) (peer.Config, erro
 		BuildTime: buildTime(), Meshupd: buildVersion().Version,
 		StateDir: cfg.State, Anchor: cfg.Trust, Reserve: int64(cfg.Store.Reserve), Relay: int64(cfg.Store.Relay),
 		Slots: inst, Straight: straight, Wrote: inst.wrote(), Takes: cfg.Slots.takes(), Starter: inst.Start, Learn: inst.learn, Restore: inst.Restore, Health: inst.Check, Quiet: cfg.quiet,
-		Policy: policies[cfg.Policy.Auto], Hold: func() (peer.HoldFact, string, time.Duration) { return cfg.Policy.hold(time.Now()) }, SiteKey: key,
+		Policy: policies[cfg.Policy.Auto], Hold: (&holder{policy: cfg.Policy, log: log}).hold, SiteKey: key,
 		ListenNow: func() []netip.AddrPort { return listenAddrs(cfg.Mesh) },
 		Finders:   func(ad discovery.Advert) []peer.Finder { return finders(cfg.Mesh, ad, log) },
 		MaxPeers:  cfg.Mesh.MaxPeers, UpLimit: int64(cfg.Limits.Upload), DownLimit: int64(cfg.Limits.Download),
