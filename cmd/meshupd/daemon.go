@@ -43,6 +43,7 @@ func runDaemon(ctx context.Context, cfg Config, log *slog.Logger) error {
 	if err := durable.MkdirAll(cfg.Run, 0o755); err != nil {
 		return fmt.Errorf("make the run folder: %w", err)
 	}
+	makeInhibitDir(cfg.Policy.InhibitDir, log)
 	ln, err := control.Listen(cfg.Socket())
 	if err != nil {
 		return err

@@ -179,6 +179,16 @@ func (w window) until(now time.Time) time.Duration {
 	return time.Duration(left)*time.Minute - time.Duration(now.Second())*time.Second
 }
 
+// makeInhibitDir makes the folder where no package did, for root's applications alone.
+func makeInhibitDir(dir string, log *slog.Logger) {
+	if dir == "" {
+		return
+	}
+	if err := os.Mkdir(dir, 0o755); err != nil && !os.IsExist(err) {
+		log.Warn("there is no folder of inhibitors: no file can hold a restart", "err", err)
+	}
+}
+
 // maxInhibitor bounds what is read of a file that an application wrote.
 const maxInhibitor = 256
 
