@@ -16,6 +16,8 @@ func (p *patient) checkDaemonUnit(context.Context) doctor.Finding {
 	switch {
 	case err != nil:
 		return doctor.Skip("%v", err)
+	case at == "" && p.live:
+		return doctor.Warn(name+" is not there", "nothing that is known here starts the daemon when the device starts", "install packaging/systemd/"+name+", or start it by other means")
 	case at == "":
 		return doctor.Fail(name+" is not there", notStarted, "install packaging/systemd/"+name+" in /usr/lib/systemd/system")
 	case at == "/dev/null":
