@@ -76,8 +76,8 @@ func live() error {
 			say(bootlab.MarkerStatus, "%s", line)
 		}
 		switch {
-		case d.State == "rolled-back" && d.Reason != nil, d.State == "confirmed" && d.Version != bootlab.FactoryVersion:
-			// Settled: kill(1) as a service manager would, and wait.
+		case d.State == "rolled-back" && version() == bootlab.FactoryVersion, d.State == "confirmed" && version() != bootlab.FactoryVersion:
+			// Nothing is left to do. The daemon is told to stop as a service manager would.
 			if err := daemon.Process.Signal(unix.SIGTERM); err != nil {
 				return err
 			}
