@@ -4,6 +4,7 @@ import (
 	"net"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -21,13 +22,14 @@ type lock struct {
 
 // fakeLogind answers ListInhibitors.
 type fakeLogind struct {
+	mu    sync.Mutex // owns:
 	locks []lock
-	slow  time.Duration
 }
 
 // ListInhibitors is what org.freedesktop.login1.Manager has under that name.
 func (f *fakeLogind) ListInhibitors() ([]lock, *dbus.Error) {
-	time.Sleep(f.slow)
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	return f.locks, nil
 }
 
@@ -61,7 +63,9 @@ func TestInhibitorsOfLogind(t *testing.T) {
 		{"without a name", []lock{{"shutdown", "", "", "block", 1000, 7}}, "process 7"},
 		{"talkative", []lock{{"shutdown", strings.Repeat("w", 500), strings.Repeat("y", 500), "block", 1000, 7}}, strings.Repeat("w", 100) + ": " + strings.Repeat("y", 100)},
 	} {
+		logind.mu.Lock()
 		logind.locks = c.locks
+		logind.mu.Unlock()
 		if who, err := install.Inhibited(t.Context(), bus); who != c.want || err != nil {
 			t.Errorf("%s: %q, %v", c.name, who, err)
 		}
