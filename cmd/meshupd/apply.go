@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
@@ -94,7 +95,7 @@ func newApplyCmd(e *env) *cobra.Command {
 				cfg.Apply.Idle = 0
 			}
 			err = runApply(cmd.Context(), cfg, socket, newLogger(e, cfg.Log))
-			if cmd.Context().Err() != nil && context.Cause(cmd.Context()) == context.Canceled {
+			if errors.Is(context.Cause(cmd.Context()), context.Canceled) {
 				return nil // told to stop, which is no failure
 			}
 			return err

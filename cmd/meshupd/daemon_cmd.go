@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 
 	"github.com/spf13/cobra"
 )
@@ -24,7 +25,7 @@ func newDaemonCmd(e *env) *cobra.Command {
 				cfg.Log.Level = "debug"
 			}
 			err = runDaemon(cmd.Context(), cfg, newLogger(e, cfg.Log))
-			if cmd.Context().Err() != nil && context.Cause(cmd.Context()) == context.Canceled {
+			if errors.Is(context.Cause(cmd.Context()), context.Canceled) {
 				return nil // told to stop, which is no failure
 			}
 			return err
