@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -10,7 +11,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
+
+	"golang.org/x/sys/unix"
 
 	"meshupd/peer"
 	"meshupd/verify"
@@ -28,9 +30,15 @@ func putHook(t *testing.T, dir, name, script string) {
 func TestStateHookNeverHoldsTheLoop(t *testing.T) {
 	dir := t.TempDir()
 	told, gate := filepath.Join(dir, "told"), filepath.Join(dir, "gate")
-	if err := os.Mkdir(gate, 0o755); err != nil {
+	if err := errors.Join(os.Mkdir(gate, 0o755), unix.Mkfifo(told, 0o600)); err != nil {
 		t.Fatal(err)
 	}
+	// Open for both, so that it does not end between two hooks.
+	pipe, err := os.OpenFile(told, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pipe.Close()
 	putHook(t, dir, "state", `echo "$MESHUPD_PREVIOUS>$MESHUPD_STATE" >>`+told+`; while test -e `+gate+`; do sleep 0.01; done; exit 1`)
 	cfg := defaultConfig()
 	cfg.Hooks.Dir = dir
@@ -48,15 +56,14 @@ func TestStateHookNeverHoldsTheLoop(t *testing.T) {
 	if err := os.Remove(gate); err != nil {
 		t.Fatal(err)
 	}
-	want := fmt.Sprintf("s%d>s%d\n", 2*maxStates-1, 2*maxStates)
-	for {
-		if data, _ := os.ReadFile(told); strings.HasSuffix(string(data), want) {
-			if n := strings.Count(string(data), "\n"); n != maxStates {
-				t.Errorf("%d changes were told, want the newest %d", n, maxStates)
-			}
+	last, lines := fmt.Sprintf("s%d>s%d", 2*maxStates-1, 2*maxStates), 0
+	for said := bufio.NewScanner(pipe); said.Scan(); {
+		if lines++; said.Text() == last {
 			break
 		}
-		time.Sleep(time.Millisecond)
+	}
+	if lines != maxStates {
+		t.Errorf("%d changes were told, want the newest %d", lines, maxStates)
 	}
 	cancel()
 	if err := <-ended; !errors.Is(err, context.Canceled) {

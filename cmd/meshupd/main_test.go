@@ -118,7 +118,7 @@ func until(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) == 0 {
 		ts.Fatalf("usage: until [-match=PATTERN] command ...")
 	}
-	for range 600 { // half a minute, and then it is never
+	for range 6000 { // five minutes, and then it is never: a guard against a test that hangs, however busy the machine is
 		err := ts.Exec(args[0], args[1:]...)
 		if err == nil && pattern.MatchString(ts.ReadFile("stdout")) {
 			return
