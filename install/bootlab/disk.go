@@ -224,8 +224,11 @@ func fatImage(ctx context.Context, tree, image string) error {
 		return err
 	}
 	bits := "16"
-	if info.Size() == layout[PartESP].size {
+	switch size := info.Size(); {
+	case size == layout[PartESP].size:
 		bits = "32" // as on most machines
+	case size < 4*mib:
+		bits = "12" // too few sectors for more
 	}
 	if _, err := tool(ctx, "", nil, "mkfs.vfat", "-F", bits, "-s", "1", "-i", "4d555044", image); err != nil {
 		return err
