@@ -31,12 +31,12 @@ func (s *slowSlots) Write(ctx context.Context, rel *verify.Release, images []ver
 }
 
 // watched asks every second whether the loop is alive, until holds or it is not.
-func (r *resident) watched(holds func(DeviceStatus) bool) (err error, after time.Duration) {
+func (r *resident) watched(holds func(DeviceStatus) bool) (after time.Duration, err error) {
 	began := time.Now()
 	for err = r.Alive(); err == nil && !holds(r.Site().Devices[0].Status); err = r.Alive() {
 		time.Sleep(time.Second)
 	}
-	return err, time.Since(began)
+	return time.Since(began), err
 }
 
 // A device that writes for three hours is alive all the time.
@@ -46,13 +46,13 @@ func TestMuchToDoIsNoHang(t *testing.T) {
 		d[0].over = func(s install.Slots) install.Slots { return &slowSlots{Slots: s, minutes: 180} }
 		d[0].start()
 		d[0].takes(w.vendor.Bundle(t, verifytest.Opts{Version: "1.1.0"}))
-		err, after := d[0].watched(func(st DeviceStatus) bool { return st.State == string(StateConfirmed) && st.Version == "1.1.0" })
+		after, err := d[0].watched(func(st DeviceStatus) bool { return st.State == string(StateConfirmed) && st.Version == "1.1.0" })
 		if err != nil || after < 3*time.Hour {
 			t.Errorf("after %s: %v", after, err)
 		}
 		// Neither is one that has nothing to do.
 		begin := time.Now()
-		if err, _ := d[0].watched(func(DeviceStatus) bool { return time.Since(begin) > 24*time.Hour }); err != nil {
+		if _, err := d[0].watched(func(DeviceStatus) bool { return time.Since(begin) > 24*time.Hour }); err != nil {
 			t.Errorf("an idle device: %v", err)
 		}
 	})
@@ -71,7 +71,7 @@ func TestHangIsSeen(t *testing.T) {
 		}
 		d[0].start()
 		d[0].takes(w.vendor.Bundle(t, verifytest.Opts{Version: "1.1.0"}))
-		err, after := d[0].watched(func(DeviceStatus) bool { return false })
+		after, err := d[0].watched(func(DeviceStatus) bool { return false })
 		if !strings.Contains(err.Error(), `"write" may be silent for 20m0s`) || after < 49*time.Minute || after > 52*time.Minute {
 			t.Errorf("after %s: %v", after, err)
 		}

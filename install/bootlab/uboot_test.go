@@ -22,7 +22,6 @@ type boardLab struct {
 	board    *bootlab.Board
 	dir      string
 	anchor   string
-	factory  []byte
 	images   map[string][]byte // by version
 	releases []string          // the .update files
 }

@@ -15,7 +15,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"strings"
 )
 
@@ -40,7 +39,11 @@ func run(binary string, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	if err := texts(out, "Go standard library "+info.GoVersion, runtime.GOROOT()); err != nil {
+	root, err := exec.Command("go", "env", "GOROOT").Output()
+	if err != nil {
+		return fmt.Errorf("ask for Go's own folder: %w", err)
+	}
+	if err := texts(out, "Go standard library "+info.GoVersion, strings.TrimSpace(string(root))); err != nil {
 		return err
 	}
 	for _, dep := range info.Deps {

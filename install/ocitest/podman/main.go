@@ -41,7 +41,7 @@ func main() {
 
 func run(args []string) error {
 	if len(args) < 3 || args[0] != "--root" {
-		return errors.New("usage: podman --root DIR COMMAND ...")
+		return errors.New("usage: podman --root DIR COMMAND ARGUMENTS")
 	}
 	path := filepath.Join(args[1], "store.json")
 	s := store{Images: map[string]string{}, Containers: map[string]container{}}
