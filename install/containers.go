@@ -268,9 +268,6 @@ func (c *Containers) Env(slot SlotName) []string {
 	return []string{"MESHUPD_SERVICES=" + strings.Join(names, " "), "MESHUPD_CONTAINERS=" + strings.Join(containers, " ")}
 }
 
-// lookEvery is the time between two looks at the services on trial.
-const lookEvery = time.Second
-
 // Check runs check and looks at the services of the slot meanwhile. One that ends, or ends and is started again, ends the
 // check at once with E-HEALTH and the last line that it printed. They have to run for Settle, however short the check is.
 func (c *Containers) Check(ctx context.Context, slot SlotName, check func(context.Context) error) error {
@@ -278,44 +275,10 @@ func (c *Containers) Check(ctx context.Context, slot SlotName, check func(contex
 	if err != nil {
 		return verify.Refuse(verify.CodeHealth, "read the services of slot %s: %w", slot, err)
 	}
-	inner, cancel := context.WithCancel(ctx)
-	answer := make(chan error, 1)
-	go func() { answer <- check(inner) }()
-	ended := false
-	defer func() {
-		cancel()
-		if !ended {
-			<-answer
-		}
-	}()
-	tick := time.NewTicker(lookEvery)
-	defer tick.Stop()
-	settled := time.NewTimer(c.cfg.Settle)
-	defer settled.Stop()
 	pids := make(map[string]int)
-	for checked, stays := false, false; ; {
-		if err := c.look(ctx, slot, pins, pids); err != nil {
-			return err
-		}
-		if checked && stays {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case err := <-answer:
-			if ended = true; err != nil {
-				return err
-			}
-			checked = true
-		case <-settled.C:
-			stays = true
-		case <-tick.C:
-		}
-		if ended {
-			answer = nil
-		}
-	}
+	return checkWatched(ctx, c.cfg.Settle, check, func(ctx context.Context) (bool, error) {
+		return true, c.look(ctx, slot, pins, pids)
+	})
 }
 
 // look compares the services with how they were first seen. An engine that does not answer says nothing about them.

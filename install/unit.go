@@ -42,49 +42,23 @@ func (f *Files) Check(ctx context.Context, _ SlotName, check func(context.Contex
 }
 
 func (u *unit) stays(ctx context.Context, check func(context.Context) error) error {
-	inner, cancel := context.WithCancel(ctx)
-	answer := make(chan error, 1)
-	go func() { answer <- check(inner) }()
-	ended := false
-	defer func() {
-		cancel()
-		if !ended {
-			<-answer
-		}
-	}()
-	tick := time.NewTicker(lookEvery)
-	defer tick.Stop()
-	settled := time.NewTimer(u.settle)
-	defer settled.Stop()
 	first, heard := "", time.Now()
-	for checked, stays := false, false; ; {
+	return checkWatched(ctx, u.settle, check, func(ctx context.Context) (sure bool, err error) {
 		run, err := u.look(ctx)
 		switch {
 		case verify.CodeOf(err) == verify.CodeHealth:
-			return err
+			return false, err
 		case err == nil && first != "" && run != first:
-			return u.ended(ctx, "ended and was started again", first)
+			return false, u.ended(ctx, "ended and was started again", first)
 		case err == nil:
 			first, heard = run, time.Now()
+			return true, nil
 		case time.Since(heard) > unitMute:
-			return verify.Refuse(verify.CodeHealth, "unit %s: %w", u.name, err)
+			return false, verify.Refuse(verify.CodeHealth, "unit %s: %w", u.name, err)
+		default:
+			return false, nil
 		}
-		if checked && stays && err == nil {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case err := <-answer:
-			if ended = true; err != nil {
-				return err
-			}
-			checked, answer = true, nil
-		case <-settled.C:
-			stays = true
-		case <-tick.C:
-		}
-	}
+	})
 }
 
 // look returns the id of the unit's present run, an E-HEALTH when it is not active, and an error without a code when systemd

@@ -332,7 +332,8 @@ func (e *engine) onMessage(pc *torrent.PeerConn, m *pp.Message) {
 			}
 		}
 	case pp.Suggest:
-		foreign = !t.suggested(a)
+		ours, pass := t.suggested(a)
+		m.Keepalive, foreign = !pass, !ours
 	case pp.Reject:
 		t.refused(a)
 	case pp.Choke, pp.Unchoke, pp.Interested, pp.NotInterested, pp.AllowedFast:

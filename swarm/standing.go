@@ -190,16 +190,21 @@ func (l *link) nudge() {
 	}
 }
 
-// suggested says whether a suggestion is ours, and not the peer's.
-func (t *transfer) suggested(a *peerAddr) bool {
+// suggested says whether a suggestion is ours, and not the peer's, and whether the engine is to hear of it. Its queue may have run
+// empty and been filled up meanwhile; looking again with nothing to add would shrink it to one request.
+func (t *transfer) suggested(a *peerAddr) (ours, pass bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	l := t.links[a]
 	if l == nil || !l.nudged {
-		return false
+		return false, false
 	}
-	l.nudged, l.most = false, l.asked
-	return true
+	l.nudged = false
+	if 2*l.asked > l.most && l.asked > 0 {
+		return true, false
+	}
+	l.most = l.asked
+	return true, true
 }
 
 func (e *engine) onAsked(ev torrent.PeerRequestEvent)    { ofPeer(ev, (*transfer).asked) }
