@@ -203,12 +203,10 @@ func (c *containerd) remove(ctx context.Context, name string) error {
 
 func (c *containerd) lastLine(ctx context.Context, name string) string {
 	// The shim copies what a container printed beside its end: the last line may come a little after it. Removing the ended task
-	// waits for the copy; where that fails the log is watched.
-	size, looks := int64(-1), logLooks
-	if c.do(ctx, "tasks", "rm", name) == nil {
-		looks = 0
-	}
-	for range looks {
+	// waits for the copy, but not for ever, so the log has to settle too.
+	_ = c.do(ctx, "tasks", "rm", name)
+	size := int64(-1)
+	for range logLooks {
 		info, err := os.Stat(c.log(name))
 		if err != nil || info.Size() == size || pause(ctx, logSettles) != nil {
 			break
