@@ -42,8 +42,8 @@ func TestForgedHeadsAreCountedAndTheirSenderRefused(t *testing.T) {
 	a.docs.changed()
 	b.until("b refuses a", func() bool { return b.adm.isBanned(a.self) })
 	b.until("the connection is closed", func() bool { return !b.connectedTo(a.ID()) })
-	if b.asked > maxStrikes+1 {
-		t.Errorf("b checked %d heads", b.asked)
+	if n := b.checks(); n > maxStrikes+1 {
+		t.Errorf("b checked %d heads", n)
 	}
 	a.until("a lost b", func() bool { return !a.connectedTo(b.ID()) })
 }
@@ -62,8 +62,8 @@ func TestSameBytesAreCheckedOnce(t *testing.T) {
 			t.Errorf("verdict %d", v)
 		}
 	}
-	if m.asked != 3 {
-		t.Errorf("%d checks", m.asked)
+	if n := m.checks(); n != 3 {
+		t.Errorf("%d checks", n)
 	}
 	if m.adm.isBanned(from) {
 		t.Error("one forged head, repeated by others, was counted several times")

@@ -147,6 +147,13 @@ func (m *testMesh) connectedTo(id string) bool {
 	return ok && x.Connected
 }
 
+// checks is how many heads were checked.
+func (m *testMesh) checks() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.asked
+}
+
 func (m *testMesh) checkHead(_ context.Context, _ string, head []byte) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
